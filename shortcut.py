@@ -1,0 +1,274 @@
+"""Shortcutting flow matching (SCFM, arXiv 2510.17858): few-step samplers by self-distillation.
+
+Conventions (the field is split on both signs, so read this first):
+    time       t = 1 is noise, t = 0 is data, as in Flux and Stable Diffusion 3
+    state      x_t = (1 - t) x_0 + t noise
+    velocity   v(x_t, t) estimates noise - x_0; an Euler step from t down to s is x_t - (t - s) v
+    grid time  u in [0, 1] is uniform; the shift s maps it to t = s u / (1 + (s - 1) u)
+
+A velocity is any callable v(x, t, **cond) that returns a tensor like x, with x (B, ...), t (B,) and
+every conditioning tensor batched on dim 0. It is given x and t in float32 (float64 if the data is)
+and casts them to what its network wants: bfloat16 rounds t by up to 0.004, and the windows below
+are as narrow as 0.011.
+
+Equation and algorithm numbers are the paper's. (A) and (B) are ours; README.md derives them.
+"""
+
+from collections import namedtuple
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+Velocity = Callable[..., Tensor]
+
+# ------------------------------------------------------------------------------ time and sampling
+
+
+def shift_time(u: Tensor, shift: float | Tensor) -> Tensor:
+    """Grid time u -> t = s u / (1 + (s - 1) u) (Eq. 17); shapes broadcast, s = 1: t = u."""
+    _require((low := float(torch.as_tensor(shift).min())) > 0, f"shift={low} must be > 0")
+    return u / (u + (1 - u) / shift)  # the same; rounding cannot carry it past 1
+
+
+def time_grid(steps: int, shift: float = 1.0) -> Tensor:
+    """Times (steps + 1,) of a sampler, float32, from 1 (noise) down to 0 (data)."""
+    _require(steps >= 1, f"steps={steps} must be >= 1")
+    return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
+
+
+def interpolate(x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """State x_t = (1 - t) x_0 + t noise, for x_0 and noise (B, ...) and t (B,)."""
+    t = _per_row(t, x_0)
+    return (1 - t) * _wide(x_0) + t * _wide(noise)
+
+
+@torch.no_grad()
+def euler_sample(velocity: Velocity, x: Tensor, times: Tensor, **cond: Tensor) -> Tensor:
+    """Carry x (B, ...) from times[0] to times[-1], one network call a step; the last x."""
+    x = _wide(x)
+    for t, t_next in pairwise(times):
+        x = x - (t - t_next) * velocity(x, t.to(x).expand(len(x)), **cond)
+    return x
+
+
+# ----------------------------------------------------------------------------------------- settings
+
+
+@dataclass(frozen=True)
+class ShortcutConfig:
+    """What a student is trained on. The defaults are the paper's; `for_steps(N)` is for N steps.
+
+    A setting out of range raises ValueError with its value and the range.
+    """
+
+    grid_steps: int = 32  # n, the teacher's own steps; windows start and end on this grid
+    teacher_ratio: float | None = 0.4  # rho = k/N, share of teacher rows; None: from student_steps
+    strides: tuple[int, ...] = (2, 4, 8)  # half the window of a self row, in grid steps
+    shift_range: tuple[float, float] = (2.5, 4.5)  # s ~ U[low, high] (Eq. 17), drawn per row
+    dual: bool = True  # Algorithm 2; False: vanilla, Algorithm 1
+    student_steps: int | None = None  # N of the matched windows; None: the paper's windows
+    fast_decay: float = 0.99  # of the moving average theta_fast, per optimizer step
+    slow_decay: float = 0.999  # of theta_slow
+
+    def __post_init__(self):
+        half, rho, N = self.grid_steps / 2, self.teacher_ratio, self.student_steps
+        fit = all(1 <= stride <= half for stride in self.strides or [0])
+        _require(fit, f"strides={self.strides} must be one or more in [1, grid_steps/2 = {half:g}]")
+        _require(0 < self.shift_range[0] <= self.shift_range[1], f"{self.shift_range=} must be > 0")
+        for decay in (self.fast_decay, self.slow_decay):
+            _require(0 <= decay < 1, f"EMA decay {decay} must lie in [0, 1)")
+        if N is None:
+            _require(rho is not None and 0 <= rho <= 1, f"teacher_ratio={rho} must lie in [0, 1]")
+        else:
+            _require(1 <= N <= half, f"student_steps={N} must lie in [1, grid_steps/2 = {half:g}]")
+            _require(rho is None, f"teacher_ratio={rho} must be None: student_steps={N} sets it")
+
+    @classmethod
+    def for_steps(cls, student_steps: int, shift: float | None = None, **settings):
+        """Matched windows: the student looks ahead as far as an N-step Euler sampler wants.
+
+        `shift` fixes one shift. Where `shift_range` holds instead, its middle is matched.
+        """
+        settings |= {} if shift is None else {"shift_range": (shift, shift)}
+        return cls(student_steps=student_steps, **{"teacher_ratio": None, **settings})
+
+    @property
+    def lookahead(self) -> float:
+        """Mean look-ahead L of a trained student in grid time, s = 1 (B); it suits 1/(2L) steps."""
+        rho, mean_d = self.teacher_ratio, sum(self.strides) / len(self.strides) / self.grid_steps
+        if self.student_steps is not None:
+            return 1 / (2 * self.student_steps)
+        dual = 1 / self.grid_steps + (1 - rho) / rho * mean_d if rho else float("inf")
+        return dual if self.dual else dual / 2
+
+    def teacher_share(self, fusion: bool = False) -> float:
+        """Expected share of teacher rows: rho, or m / (1 + m) for matched odds of mean m."""
+        m = self.student_steps and matched_odds(self, fusion).mean().item()
+        return m / (1 + m) if m else self.teacher_ratio
+
+
+# ------------------------------------------------------------------------------------------ windows
+
+
+# Times t > t_mid > t_end, each (B,). The first `teacher_rows` (an int) rows are the teacher's.
+Windows = namedtuple("Windows", "t t_mid t_end teacher_rows")
+
+
+@lru_cache
+def matched_odds(config: ShortcutConfig, fusion: bool = False) -> Tensor:
+    """Odds (n,) of teacher to self rows starting at u = 1/n, ..., 1 for which L = L* solves (A)."""
+    n, N, shift = config.grid_steps, config.student_steps, sum(config.shift_range) / 2
+    u = torch.arange(1, n + 1, dtype=torch.float64) / n
+
+    def wanted(u):  # L*(u), half of the N-step sampler's coming step
+        return (shift_time(u, shift) - shift_time((u - 1 / N).clamp(min=0), shift)) / 2
+
+    def window(stride):  # w, weight of the first velocity; t(u) - t(u - d); L*(u - d)
+        d = (u / 2).clamp(max=stride / n)
+        t, t_mid, t_end = (shift_time(u - j * d, shift) for j in (0, 1, 2))
+        return (t - t_mid) / (t - t_end), t - t_mid, wanted(u - d)
+
+    w, step, ahead = (torch.stack(column) for column in zip(*map(window, config.strides)))
+    F, W = ((1 - w) * (step + ahead)).mean(0), w.mean(0)
+    w, step, ahead = window(1)
+    G = (1 - w) * (step + config.dual * ahead) * (not fusion)  # look-ahead of a teacher row
+    rho = ((F + W * wanted(u) - wanted(u)) / (F + W * wanted(u) - G)).clamp(0.05, 0.95)
+    return rho / (1 - rho)
+
+
+def sample_windows(
+    config: ShortcutConfig, batch: int, fusion=False, U: float | None = None, generator=None
+) -> Windows:
+    """A random window per row: Algorithms 1 and 2, or matched windows if `student_steps` is set.
+
+    The first k = floor(share B + U) rows are the teacher's: exact in expectation for every B. On
+    several processes pass the same U, uniform in [0, 1): all make equally many network calls.
+    The windows are on the generator's device.
+    """
+    n, matched, (low, high) = config.grid_steps, config.student_steps, config.shift_range
+    rand = partial(torch.rand, generator=generator, device=generator and generator.device)
+    k = int(config.teacher_share(fusion) * batch + (rand(1).item() if U is None else U))
+    choice = (rand(batch) * len(config.strides)).long()
+    stride = torch.tensor(config.strides).to(choice)[choice]
+    stride[:k] = 1
+    lowest = torch.ones_like(stride) if matched else 2 * stride  # from here a window fits
+    start = lowest + (rand(batch) * (n + 1 - lowest)).floor()
+    if matched:
+        odds = matched_odds(config, fusion).to(start)
+        start[:k] = 1.0 + torch.multinomial(odds, batch, True, generator=generator)[:k]
+    elif fusion:
+        start[:k] = n * (1 - rand(k))  # flow matching needs no grid: u ~ U(0, 1]
+    u, d = start / n, torch.minimum(stride, start / 2) / n  # what does not fit is cut
+    shift = low + (high - low) * rand(batch)
+    return Windows(*(shift_time((u - j * d).clamp(min=0), shift) for j in (0, 1, 2)), k)
+
+
+# -------------------------------------------------------------------------------- target, loss, EMA
+
+
+@torch.no_grad()
+def shortcut_target(first: Velocity, second: Velocity, x_t: Tensor, windows: Windows, **cond):
+    """The velocity (B, ...) that does in one step what two steps do (Eq. 11-12), without gradient.
+
+    Displacement over elapsed time: (v_1 + v_2) / 2 would be wrong for steps of unequal length.
+    """
+    t, t_mid, t_end = (_per_row(time, x_t) for time in windows[:3])
+    v_1 = first(x_t, windows.t, **cond)
+    x_mid = x_t - (t - t_mid) * v_1
+    v_2 = second(x_mid, windows.t_mid, **cond)
+    x_end = x_mid - (t_mid - t_end) * v_2
+    return (x_t - x_end) / (t - t_end)
+
+
+def shortcut_loss(
+    config: ShortcutConfig, windows: Windows, x_0: Tensor, noise: Tensor, *, student: Velocity,
+    fast: Velocity, slow: Velocity | None = None, teacher: Velocity | None = None, **cond: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """Loss (Eq. 13) of data x_0 and noise (B, ...), and scalars to log. fast, slow: the EMAs.
+
+                  teacher rows        self rows
+        dual      teacher, slow       fast, slow       first, second velocity (Algorithm 2)
+        vanilla   teacher, teacher    slow, slow       (Algorithm 1)
+        fusion    noise - x_0         fast, fast       no teacher: training from scratch
+
+    The student comes last, so that all four may be one network whose weights are swapped. Log:
+    teacher_loss and self_loss (nan without such rows), residual = |v_student - target| / |target|.
+    """
+    _require(noise.shape == x_0.shape, f"noise {[*noise.shape]} must be like x_0 {[*x_0.shape]}")
+    for name, value in {"windows": windows.t, **cond}.items():
+        _require(len(value) == len(x_0), f"{name} has {len(value)} rows, must have {len(x_0)}")
+    _require(teacher is None or slow is not None, "slow=None must be given where a teacher is")
+    k, x_t = windows.teacher_rows, interpolate(x_0, noise, windows.t)
+    if teacher is None:
+        first = second = partial(_split, k, lambda *_, **__: (_wide(noise) - _wide(x_0))[:k], fast)
+    elif config.dual:
+        first, second = partial(_split, k, teacher, fast), slow
+    else:
+        first = second = partial(_split, k, teacher, slow)
+    target = shortcut_target(first, second, x_t, windows, **cond)
+    error = (student(x_t, windows.t, **cond) - target).square()
+    loss, error = error.mean(), error.detach()
+    log = {"teacher_loss": error[:k].mean(), "self_loss": error[k:].mean()}
+    return loss, {**log, "residual": (error.sum() / target.square().sum()).sqrt()}
+
+
+@torch.no_grad()
+def update_ema(ema: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -> None:
+    """ema <- decay ema + (1 - decay) weights (Eq. 14-16), in place, once per optimizer step.
+
+    The averages must be float32 or float64: in bfloat16 a step of 1 - 0.999 rounds to nothing.
+    """
+    ema, wide = list(ema), {torch.float32, torch.float64}
+    _require({e.dtype for e in ema} <= wide, f"EMA in {ema[0].dtype} must be float32 or float64")
+    torch._foreach_lerp_(ema, [w.to(e) for e, w in zip(ema, weights, strict=True)], 1 - decay)
+
+
+# ------------------------------------------------------------------------------- scale of a student
+
+
+@torch.no_grad()
+def optimal_scale(student: Velocity, teacher: Velocity, noise: Tensor, times: Tensor, **cond):
+    """lam*: the scale for which v_T + lam (v_S - v_T) best fits the coming step's mean velocity.
+
+    A scalar tensor. Least squares over validation noise (B, ...) and a sampler's times (N + 1,), on
+    the teacher's trajectories, 16 Euler steps for each of the N. More than 1: under-trained for N
+    steps; 1: matched; less: overshot; inf: the student equals the teacher.
+    """
+    x, product, square = _wide(noise), 0.0, 0.0
+    for t, t_next in pairwise(times):
+        x_next = euler_sample(teacher, x, torch.linspace(t, t_next, 17), **cond)
+        v_mean = (x - x_next) / (t - t_next)
+        v_T, v_S = (_wide(v(x, t.to(x).expand(len(x)), **cond)) for v in (teacher, student))
+        product = product + ((v_S - v_T) * (v_mean - v_T)).sum()
+        square = square + (v_S - v_T).square().sum()
+        x = x_next
+    return torch.where(square > 0, product / square, float("inf"))
+
+
+# ---------------------------------------------------------------------------------------- internals
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is float64."""
+    _require(x.is_floating_point(), f"tensor of {x.dtype} must be of a floating-point type")
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _per_row(t: Tensor, x: Tensor) -> Tensor:
+    """Times (B,) as (B, 1, ..., 1), to multiply x (B, ...)."""
+    return t.to(_wide(x).dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _split(k: int, head: Velocity, tail: Velocity, x: Tensor, t: Tensor, /, **cond) -> Tensor:
+    """Velocity `head` on the first k rows and `tail` on the others, one call of each."""
+    parts = [(v, r) for v, r in ((head, slice(k)), (tail, slice(k, None))) if len(t[r])]
+    return torch.cat([v(x[r], t[r], **{n: c[r] for n, c in cond.items()}) for v, r in parts])
