@@ -4,13 +4,14 @@ Trains a small teacher, distils a student of few steps from it with shortcut.py,
 against fresh data and draws four figures. Needs no GPU, no network and no data set.
 """
 
-import argparse
 import copy
-import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,7 @@ import shortcut as sc
 STEPS = (1, 2, 3, 4, 8, 16, 32)  # columns of the table
 FINE_STEPS = 64  # what stands for the teacher's exact endpoint
 POINTS = 16_384  # samples behind an energy distance
-COLORS = ("#5b6b7f", "#e4572e", "#2a9d8f")  # teacher, student, student at its scale
-STEP_COLORS = ("#8e5ea2", "#e4572e", "#d79a22", "#2a9d8f")  # 2, 3, 4 and 8 steps
+COLORS = ("#5b6b7f", "#e4572e", "#2a9d8f", "#d79a22")  # teacher, student, student at its scale
 Data = Callable[[int, torch.Generator], Tensor]  # (count, generator) -> points (count, 2)
 
 # -------------------------------------------------------------------------------------------- flows
@@ -48,8 +48,7 @@ def checkerboard(count: int, generator: torch.Generator) -> Tensor:
 
 def spirals(count: int, generator: torch.Generator) -> Tensor:
     radius = torch.rand(count, 1, generator=generator).sqrt()
-    arm = torch.randint(0, 2, (count, 1), generator=generator)
-    angle = 3 * math.pi * radius + math.pi * arm
+    angle = 3 * math.pi * radius + math.pi * torch.randint(0, 2, (count, 1), generator=generator)
     points = 2 * radius * torch.cat([angle.cos(), angle.sin()], 1)
     return points + 0.05 * torch.randn(count, 2, generator=generator)
 
@@ -76,14 +75,11 @@ class VelocityMLP(nn.Module):
 
     def __init__(self, width: int = 96):
         super().__init__()
-        self.register_buffer("frequency", math.pi / 2 * 2.0 ** torch.arange(4))
-        layers = [nn.Linear(11, width), nn.SiLU()]
-        for _ in range(2):
-            layers += [nn.Linear(width, width), nn.SiLU()]
-        self.layers = nn.Sequential(*layers, nn.Linear(width, 2))
+        layers = [(nn.Linear(a, b), nn.SiLU()) for a, b in pairwise((11, width, width, width))]
+        self.layers = nn.Sequential(*sum(layers, ()), nn.Linear(width, 2))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        phase = t[:, None] * self.frequency
+        phase = t[:, None] * (math.pi * torch.tensor([0.5, 1.0, 2.0, 4.0]))
         return self.layers(torch.cat([x, t[:, None], phase.sin(), phase.cos()], 1))
 
 
@@ -122,9 +118,8 @@ def train_teacher(data: Data, iterations: int, seed: int, batch: int = 1024) -> 
 
 
 def train_student(
-    teacher: nn.Module | None, data: Data, config: sc.ShortcutConfig, iterations: int, seed: int,
-    snapshots: Iterable[int] = (), batch: int = 1024,
-) -> dict[int, nn.Module]:  # fmt: skip
+    teacher, data: Data, config: sc.ShortcutConfig, iterations: int, seed, snapshots=(), batch=1024
+) -> dict[int, nn.Module]:
     """Shortcut the teacher or, without one, train from scratch (fusion).
 
     Returns copies of the student as it is after each of the snapshots and after the last iteration.
@@ -133,15 +128,14 @@ def train_student(
     generator = torch.Generator().manual_seed(seed + 1)
     student = copy.deepcopy(teacher).requires_grad_(True) if teacher else VelocityMLP()
     fast, slow = (copy.deepcopy(student).requires_grad_(False) for _ in range(2))
+    velocities = dict(student=student, fast=fast, slow=slow, teacher=teacher)
     weights, *averages = (list(net.parameters()) for net in (student, fast, slow))
     optimizer, schedule = adam(weights, 1e-3 if teacher else 5e-3, iterations)
     kept = {}
     for iteration in tqdm(range(1, iterations + 1), "student", leave=False):
         x_0, noise = data(batch, generator), torch.randn(batch, 2, generator=generator)
         windows = sc.sample_windows(config, batch, fusion=teacher is None, generator=generator)
-        loss, _ = sc.shortcut_loss(
-            config, windows, x_0, noise, student=student, fast=fast, slow=slow, teacher=teacher
-        )
+        loss, _ = sc.shortcut_loss(config, windows, x_0, noise, **velocities)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -159,8 +153,8 @@ def train_student(
 def energy_distance(x: Tensor, y: Tensor, directions: int = 16) -> float:
     """2 E|x - y| - E|x - x'| - E|y - y'| of points (n, 2) and (m, 2), unbiased; 0 for equal laws.
 
-    In the plane |a| is pi/2 times the mean of |<a, e>| over directions e, and on a line a sort gives
-    the sum over all pairs. So 16,384 points are quick; a test holds it against the direct sum.
+    In the plane |a| is pi/2 times the mean of |<a, e>| over directions e, and on a line a sort
+    gives the sum over all pairs. So 16,384 points are quick; a test compares the direct sum.
     """
     angle = math.pi * torch.arange(directions) / directions
     x, y = ((points @ torch.stack([angle.cos(), angle.sin()])).T.numpy() for points in (x, y))
@@ -195,62 +189,52 @@ def calibrate(base: nn.Module, student: nn.Module, noise: Tensor, steps: int, sh
     return min(np.geomspace(guess / 1.6, guess * 1.6, 21).tolist(), key=distance)
 
 
-def evaluate(net: nn.Module, noise: Tensor, steps: int, shift: float, data: Tensor, fine: Tensor):
-    """Samples (n, 2), their energy distance to the data, their RMS distance to the points `fine`."""
-    x = sample(net, noise, steps, shift)
-    rms = (x - fine).square().sum(1).mean().sqrt().item()
-    return {"samples": x, "energy": energy_distance(x, data), "rms": rms}
-
-
-def table(rows: dict[str, dict], scales: dict[int, float], floor: float) -> str:
+def table(energy: dict, rms: dict, scales: dict[int, float], floor: float) -> str:
     def line(name, form, values):
         return f"{name:17s}" + "".join(f"{value:{form}}" for value in values)
 
     lines = [line("Euler steps", "9d", STEPS)]
     lines += [f"energy distance to fresh data, x 1e-4 (data to data: 0 +- {1e4 * floor:.1f})"]
-    lines += [
-        line(f"  {k}", "9.1f", (1e4 * c["energy"] for c in r.values())) for k, r in rows.items()
-    ]
-    lines += [f"RMS distance to where {FINE_STEPS} steps of the {next(iter(rows))} end"]
-    lines += [line(f"  {k}", "9.3f", (c["rms"] for c in r.values())) for k, r in rows.items()]
+    lines += [line(f"  {k}", "9.1f", (1e4 * e for e in row.values())) for k, row in energy.items()]
+    lines += [f"RMS distance to where {FINE_STEPS} steps of the {next(iter(rms))} end"]
+    lines += [line(f"  {name}", "9.3f", row.values()) for name, row in rms.items()]
     return "\n".join(lines + [line("scale", "9.2f", scales.values())] * bool(scales))
 
 
 # ----------------------------------------------------------------------------------------- figures
 
 
-def plot_samples(rows: dict[str, dict], data: Tensor, floor: float, path: Path) -> None:
+def plot_samples(samples: dict, energy: dict, data: Tensor, floor: float, path: Path) -> None:
     """Densities: unlike scatter plots they show holes, and mass where none belongs."""
-    figure = Figure((14, 1.95 * len(rows) + 0.3), layout="constrained")
-    grid = figure.subplots(len(rows), len(STEPS) + 1, squeeze=False)
+    figure = Figure((16, 2.2 * len(samples) + 0.4), layout="constrained")
+    grid = figure.subplots(len(samples), len(STEPS) + 1, squeeze=False)
     edges = np.linspace(-1.15, 1.15, 81) * data.abs().max().item()
-    for axes, (name, row), color in zip(grid, rows.items(), COLORS):
-        cells = [*row.values(), {"samples": data, "energy": floor}]
-        titles = [f"{n} step{'s' * (n > 1)}: " for n in STEPS] + ["data: ±"]
-        for axis, cell, title in zip(axes, cells, titles):
-            image = np.histogram2d(*cell["samples"].T.numpy(), bins=[edges, edges])[0].T
+    for axes, (name, row), color in zip(grid, samples.items(), COLORS):
+        labels = [f"{n} step{'s' * (n > 1)}: {1e4 * energy[name][n]:.1f}" for n in STEPS]
+        labels.append(f"data: ±{1e4 * floor:.1f}")
+        for axis, points, label in zip(axes, [*row.values(), data], labels):
+            image = np.histogram2d(*points.T.numpy(), bins=[edges, edges])[0].T
             axis.imshow(image**0.5, origin="lower", cmap="magma", interpolation="bicubic")
-            axis.set(xticks=[], yticks=[])
-            axis.set_title(f"{title}{1e4 * cell['energy']:.1f}", fontsize=10)
-        axes[0].set_ylabel(name, fontsize=12, color=color, fontweight="bold")
-    figure.suptitle("Energy distance to the data (1/10,000); same noise in all panels", fontsize=11)
+            axis.set(xticks=[], yticks=[], title=label)
+        axes[0].set_ylabel(name, fontsize=13, color=color, fontweight="bold")
+    figure.suptitle("Energy distance to the data (1/10,000); the same noise in all panels")
     figure.savefig(path, dpi=100)
 
 
-def plot_lines(panels: list[tuple[str, str, dict]], colors: tuple, level: float, path: Path):
-    """Log-log lines, a panel for each (title, x label, {name: {x: y}}); a black line at `level`."""
-    figure = Figure((5.6 * len(panels), 4.2), layout="constrained")
-    for axis, (title, label, lines) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels
-    ):
-        for (name, points), color in zip(lines.items(), colors):
-            axis.plot(list(points), list(points.values()), "o-", ms=4, color=color)
-            end = list(points.items())[-1]
-            axis.annotate(f" {name}", end, (5, -3), textcoords="offset points", color=color)
+def plot_lines(panels: list[tuple[str, str, dict]], level: float, path: Path) -> None:
+    """Log-log lines: a panel for each (title, x label, {name: {x: y}}), a black line at `level`."""
+    figure = Figure((5.2 * len(panels), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, label, lines) in zip(axes, panels):
+        for (name, points), color in zip(lines.items(), COLORS):
+            axis.plot(list(points), list(points.values()), "o-", ms=4, color=color, label=name)
         axis.set(xscale="log", yscale="log", xlabel=label, title=title)
-        axis.set_xmargin(0.22)
+        axis.set_xticks(list(points), [str(x) for x in points])
+        axis.minorticks_off()
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.spines[["top", "right"]].set_visible(False)
     axis.axhline(level, color="black", lw=0.8)
+    axis.legend(frameon=False)
     figure.savefig(path, dpi=100)
 
 
@@ -266,10 +250,11 @@ def square_panels(samplers: list[tuple], data: Tensor) -> tuple[Figure, list]:
 
 def trajectory(net: nn.Module, x: Tensor, steps: int, shift: float) -> Tensor:
     """All states of the Euler sampler, (steps + 1, n, 2)."""
-    times, states = sc.time_grid(steps, shift), [x]
-    for i in range(steps):
-        states.append(sc.euler_sample(net, states[-1], times[i : i + 2]))
-    return torch.stack(states)
+
+    def step(x, times):
+        return sc.euler_sample(net, x, torch.stack(times))
+
+    return torch.stack([*accumulate(pairwise(sc.time_grid(steps, shift)), step, initial=x)])
 
 
 def plot_paths(samplers: list[tuple], noise: Tensor, data: Tensor, shift: float, path: Path):
@@ -278,8 +263,8 @@ def plot_paths(samplers: list[tuple], noise: Tensor, data: Tensor, shift: float,
         states = trajectory(net, noise[:160], steps, shift)
         axis.scatter(*data[:4000].T, s=2, color="#f2c14e", alpha=0.35, linewidths=0)
         axis.add_collection(LineCollection(states.transpose(0, 1), colors=color, lw=0.7, alpha=0.6))
-        axis.scatter(*states[0].T, s=7, color="#a9b4c0", label="noise")
-        axis.scatter(*states[-1].T, s=15, color="black", zorder=3, linewidths=0, label="sample")
+        for i, size, shade, name in ((0, 7, "#a9b4c0", "noise"), (-1, 15, "black", "sample")):
+            axis.scatter(*states[i].T, s=size, color=shade, linewidths=0, label=name, zorder=3)
     axis.legend(loc="lower right", fontsize=8)
     figure.savefig(path, dpi=100)
 
@@ -302,29 +287,28 @@ def animate(samplers: list[tuple], noise: Tensor, data: Tensor, shift: float, pa
 # -------------------------------------------------------------------------------------------- main
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    form = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+def parse(argv: list[str] | None) -> Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--flow", choices=FLOWS, default="moons", help="the data")
     add("--student-steps", type=int, default=3, metavar="N", help="step count to build for")
     add("--paper", action="store_true", help="the paper's windows and teacher share of 0.4 instead")
     add("--fusion", action="store_true", help="train from scratch, without a teacher")
-    add("--few-shot", type=int, metavar="K", help="distil on a pool of K points only")
+    add("--few-shot", type=int, default=0, metavar="K", help="distil on K points only; 0: on all")
     add("--shift", type=float, default=1.0, help="time shift s of training and sampling (Flux: 3)")
     add("--iterations", type=int, default=2000, help="of the teacher and of the student")
     add("--seed", type=int, default=0, help="of networks, data and noise")
     add("--out", type=Path, default=Path("toy_out"), help="folder for figures and results.json")
     add("--animate", action="store_true", help="also write flow.gif, noise flowing to data")
     args = parser.parse_args(argv)
-    if args.fusion and (args.few_shot is not None or args.paper):
+    if args.fusion and (args.few_shot or args.paper):
         parser.error("--fusion goes with neither --few-shot nor --paper")
-    if min(args.iterations, 1 if args.few_shot is None else args.few_shot) < 1:
-        parser.error("--iterations and --few-shot must be at least 1")
+    if min(args.iterations, args.few_shot + 1) < 1:
+        parser.error("--iterations must be at least 1, --few-shot at least 0")
+    N = args.student_steps
+    make = sc.ShortcutConfig if args.paper else partial(sc.ShortcutConfig.for_steps, N)
     try:
-        steps = {} if args.paper else {"teacher_ratio": None, "student_steps": args.student_steps}
-        shift = {"shift_range": (args.shift, args.shift)}
-        args.config = sc.ShortcutConfig(**steps, **shift, fast_decay=0.95, slow_decay=0.99)
+        args.config = make(shift_range=(args.shift, args.shift), fast_decay=0.95, slow_decay=0.99)
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -336,56 +320,53 @@ def main(argv: list[str] | None = None) -> None:
     data, shift, config, iterations = FLOWS[args.flow], args.shift, args.config, args.iterations
     generator = torch.Generator().manual_seed(args.seed + 10_000)  # of all that measures
     reference, noise = data(POINTS, generator), torch.randn(POINTS, 2, generator=generator)
-    validation, pool = noise[:256], data(args.few_shot or 1, generator)
+    validation = torch.randn(256, 2, generator=generator)
     floor = np.std([energy_distance(data(POINTS, generator), reference) for _ in range(8)]).item()
 
     snapshots, scales = {round(5 * (iterations / 5) ** (i / 9)) for i in range(10)}, {}
-    if args.fusion:  # beside plain flow matching with as many network calls
-        calls = 1 + 2 * (1 - config.teacher_share(fusion=True))
-        base = train_teacher(data, round(2 * iterations * calls), args.seed)
+    if args.fusion:  # a fused row makes 3 - 2 share network calls, one of plain flow matching one
+        calls = 2 * iterations * (3 - 2 * config.teacher_share(fusion=True))
+        base = train_teacher(data, round(calls), args.seed)
         kept = train_student(None, data, config, 2 * iterations, args.seed, snapshots)
-        nets = {"flow matching": lambda n: base, "fused": lambda n: kept[max(kept)]}
+        nets = {"flow matching": lambda n: base, "fused": lambda n: student}
     else:
         base = train_teacher(data, iterations, args.seed)
-        drawn = draw_from(pool) if args.few_shot else data
+        drawn = draw_from(data(args.few_shot, generator)) if args.few_shot else data
         kept = train_student(base, drawn, config, iterations, args.seed, snapshots)
-        scales = {n: calibrate(base, kept[max(kept)], validation, n, shift) for n in STEPS}
-        nets = {"teacher": lambda n: base, "student": lambda n: kept[max(kept)]}
-        nets["student, scaled"] = lambda n: scaled(base, kept[max(kept)], scales[n])
-    fine = sample(base, noise, FINE_STEPS, shift)
-    rows = {
-        name: {n: evaluate(net(n), noise, n, shift, reference, fine) for n in STEPS}
-        for name, net in nets.items()
-    }
-    print(table(rows, scales, floor))
+        nets = {"teacher": lambda n: base, "student": lambda n: student}
+        nets["student, scaled"] = lambda n: scaled(base, student, scales[n])
+        scales = {n: calibrate(base, kept[iterations], validation, n, shift) for n in STEPS}
+    student, few, out, (first, second, *_) = kept[max(kept)], args.student_steps, args.out, nets
 
-    errors, lams = ({f"{n} steps": {} for n in (2, 3, 4, 8)} for _ in range(2))
-    for i, n in itertools.product(sorted(kept), (2, 3, 4, 8)):
+    fine, samples, energy, rms = sample(base, noise, FINE_STEPS, shift), {}, {}, {}
+    for name, net_for in nets.items():
+        points = samples[name] = {n: sample(net_for(n), noise, n, shift) for n in STEPS}
+        energy[name] = {n: energy_distance(x, reference) for n, x in points.items()}
+        rms[name] = {n: (x - fine).square().sum(1).mean().sqrt().item() for n, x in points.items()}
+    print(table(energy, rms, scales, floor))
+
+    errors, lams = ({f"{n} steps": {} for n in STEPS[1:5]} for _ in range(2))
+    for i, n in product(sorted(kept), STEPS[1:5]):
         x, times = sample(kept[i], noise[:4096], n, shift), sc.time_grid(n, shift)
         errors[f"{n} steps"][i] = energy_distance(x, reference[:8192])
         if not args.fusion:
             lams[f"{n} steps"][i] = sc.optimal_scale(kept[i], base, validation, times).item()
-    args.out.mkdir(parents=True, exist_ok=True)
-    quality = {name: {n: cell["energy"] for n, cell in row.items()} for name, row in rows.items()}
-    paired = {name: {n: cell["rms"] for n, cell in row.items()} for name, row in rows.items()}
-    results = dict(floor=floor, energy=quality, rms=paired, scales=scales, errors=errors, lams=lams)
-    settings = {name: str(value) for name, value in vars(args).items()}
-    text = json.dumps({"settings": settings, **results}, indent=1)
-    (args.out / "results.json").write_text(text + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+    results = dict(energy=energy, rms=rms, floor=floor, scales=scales, errors=errors, lams=lams)
+    results["settings"] = {name: str(value) for name, value in vars(args).items()}
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
-    few, (first, second) = args.student_steps, list(nets)[:2]
-    samplers = [(f"{first}, {n} steps", base, n, COLORS[0]) for n in (few, FINE_STEPS)]
-    samplers += [(f"{second}, {few} steps", kept[max(kept)], few, COLORS[1])]
-    plot_samples(rows, reference, floor, args.out / "samples.png")
-    plot_paths(samplers, noise, reference, shift, args.out / "paths.png")
-    progress = [("energy distance to the data", "iteration", errors)]
-    progress += [] if args.fusion else [("best scale λ*; 1: matched", "iteration", lams)]
-    plot_lines(progress, STEP_COLORS, 1.0 if lams else floor, args.out / "progress.png")
-    panel = ("energy distance to the data; black: noise floor", "Euler steps", quality)
-    plot_lines([panel], COLORS, floor, args.out / "quality.png")
+    samplers = [(f"{first}, {steps} steps", base, steps, COLORS[0]) for steps in (few, FINE_STEPS)]
+    samplers += [(f"{second}, {few} steps", student, few, COLORS[1])]
+    plot_samples(samples, energy, reference, floor, out / "samples.png")
+    plot_paths(samplers, noise, reference, shift, out / "paths.png")
+    title = "energy distance to the data"
+    progress = [(title, "iteration", errors), ("best scale λ*; 1: matched", "iteration", lams)]
+    plot_lines(progress[: 1 + bool(scales)], 1.0 if scales else floor, out / "progress.png")
+    plot_lines([(f"{title} (black: noise)", "Euler steps", energy)], floor, out / "quality.png")
     if args.animate:
-        animate(samplers, noise, reference, shift, args.out / "flow.gif")
-    print(f"{time.perf_counter() - started:.1f} s; figures and results.json in {args.out}/")
+        animate(samplers, noise, reference, shift, out / "flow.gif")
+    print(f"{time.perf_counter() - started:.1f} s; figures and results.json in {out}/")
 
 
 if __name__ == "__main__":
