@@ -48,7 +48,7 @@ class Bench:
         return {"scale": scale, "error": self.error(toy.scaled(base, net, scale), steps, shift)}
 
     def best(self, base, net, steps, shift=1.0):
-        """Least error that any scale reaches: a search on the measure itself, which nobody ships."""
+        """Least error that any scale reaches, by a search on the measure itself."""
         lam = sc.optimal_scale(net, base, self.validation, sc.time_grid(steps, shift)).item()
         scales = np.geomspace(lam / 2, 2 * lam, 29).tolist()
         return min(self.error(toy.scaled(base, net, s), steps, shift) for s in scales)
@@ -249,14 +249,15 @@ def markdown(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--flows", nargs="+", choices=toy.FLOWS, default=list(toy.FLOWS))
+def collect(measure, flows: list[str]) -> list[dict]:
+    """Read the command line and measure every flow and seed, each in a process of one thread."""
+    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__.split(": ")[0])
+    parser.add_argument("--flows", nargs="+", choices=toy.FLOWS, default=flows)
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to this, exclusive (5)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes of one thread")
     parser.add_argument("--length", type=float, default=1.0, help="scales all trainings (1)")
     parser.add_argument("--raw", type=Path, help="file of the numbers: read what it has, add to it")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     runs = json.loads(args.raw.read_text()) if args.raw and args.raw.exists() else []
     done = {(run["flow"], run["seed"]) for run in runs}
     todo = [(f, s) for s in range(args.seeds) for f in args.flows if (f, s) not in done]
@@ -265,9 +266,8 @@ def main(argv=None):
             runs.append(future.result())
             if args.raw:
                 args.raw.write_text(json.dumps(runs))
-    runs.sort(key=lambda run: (args.flows.index(run["flow"]), run["seed"]))
-    print(markdown(runs))
+    return sorted(runs, key=lambda run: (list(toy.FLOWS).index(run["flow"]), run["seed"]))
 
 
 if __name__ == "__main__":
-    main()
+    print(markdown(collect(measure, list(toy.FLOWS))))

@@ -1,0 +1,149 @@
+"""What each choice is worth: python tests/benchmarks/ablations.py (a quarter of an hour on 2 cores)
+
+Trains a student of the 2-D flows with one choice changed at a time and prints a Markdown table.
+Variants that shortcut.py does not ship live here.
+"""
+
+import copy
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import toy as bench  # tests/benchmarks/toy.py, which also finds the repository's root
+
+import shortcut as sc
+import toy_2d
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of the table. `settings` go to ShortcutConfig; the others change the training."""
+
+    name: str
+    expected: str
+    settings: dict = field(default_factory=lambda: bench.matched(3))
+    shift: float = 1.0  # of training (unless `settings` has a range) and sampling
+    authors_windows: bool = False
+    renoised: bool = False  # x at t_mid from the same data and noise, not by an Euler step
+    pointwise: bool = False  # teacher rows regress on the teacher's velocity at (x_t, t)
+    plain_mean: bool = False  # (v_1 + v_2) / 2, whatever the lengths
+    ema_dtype: torch.dtype = torch.float32
+
+
+def paper(rho):
+    return dict(teacher_ratio=rho)
+
+
+VARIANTS = (
+    Variant("**as shipped**: matched windows, dual, shift 1", "lam* about 1"),
+    Variant("vanilla, matched windows", "as good: its odds are matched too",
+            {**bench.matched(3), "dual": False}),
+    Variant("vanilla, paper windows, rho 0.4", "half the look-ahead of dual: suits 4 steps",
+            {**paper(0.4), "dual": False}),
+    Variant("paper windows, rho 0.2", "overshoots: look-ahead 0.61", paper(0.2)),
+    Variant("paper windows, rho 0.4 (the paper)", "overshoots: suits 2 steps", paper(0.4)),
+    Variant("paper windows, rho 0.52", "lam* about 1, worse than matched: uneven", paper(0.52)),
+    Variant("paper windows, rho 0.8", "under-trained: suits 7 steps", paper(0.8)),
+    Variant("authors' windows, rho 0.4", "overshoots: windows up to the full path", paper(0.4),
+            authors_windows=True),
+    Variant("re-noised midpoint", "worse: the midpoint leaves the path", renoised=True),
+    Variant("teacher rows point-wise", "look-ahead shorter by about 1/n", pointwise=True),
+    Variant("EMAs in bfloat16", "stalls: the averages stay the teacher", ema_dtype=torch.bfloat16),
+    Variant("**as shipped**, shift 3", "lam* about 1", shift=3.0),
+    Variant("plain mean, shift 3", "biased where halves differ most", shift=3.0, plain_mean=True),
+    Variant("shift range 2.5-4.5, sampled at 3", "a mixture, nearly as good",
+            {**bench.matched(3), "shift_range": (2.5, 4.5)}, shift=3.0),
+    Variant("paper windows, rho 0.52, shift 3", "far worse than matched", paper(0.52), shift=3.0),
+)  # fmt: skip
+
+
+def authors_windows(config, batch, generator):
+    """Aligned two-step merges on grids of 2, 4, 8 and 16 steps; teacher rows as in the paper."""
+    windows = sc.sample_windows(config, batch, generator=generator)
+    k, n = windows.teacher_rows, config.grid_steps
+    stride = 2.0 ** torch.randint(1, 5, (batch,), generator=generator)
+    merges = n / (2 * stride)
+    u = (n - 2 * stride * (torch.rand(batch, generator=generator) * merges).floor()) / n
+    low, high = config.shift_range
+    shift = low + (high - low) * torch.rand(batch, generator=generator)
+    times = [sc.shift_time((u - j * stride / n).clamp(min=0), shift) for j in (0, 1, 2)]
+    return sc.Windows(*(torch.cat([a[:k], b[k:]]) for a, b in zip(windows, times)), k)
+
+
+def target_of(variant, config, windows, x_0, noise, teacher, fast, slow):
+    """sc.shortcut_target, written out so that its parts can be replaced."""
+    k, x_t = windows.teacher_rows, sc.interpolate(x_0, noise, windows.t)
+    first = partial(sc._split, k, teacher, fast if config.dual else slow)
+    second = slow if config.dual else partial(sc._split, k, teacher, slow)
+    t, t_mid, t_end = (time[:, None] for time in windows[:3])
+    with torch.no_grad():
+        v_1 = first(x_t, windows.t)
+        x_mid = x_t - (t - t_mid) * v_1
+        if variant.renoised:
+            x_mid = sc.interpolate(x_0, noise, windows.t_mid)
+        v_2 = second(x_mid, windows.t_mid)
+        weight = 0.5 if variant.plain_mean else (t - t_mid) / (t - t_end)
+        target = weight * v_1 + (1 - weight) * v_2
+        if variant.pointwise:
+            target[:k] = v_1[:k]
+    return x_t, target
+
+
+def train(variant, teacher, data, iterations, seed, batch=1024):
+    shift_range = (variant.shift, variant.shift)
+    config = sc.ShortcutConfig(**{"shift_range": shift_range, **bench.EMA, **variant.settings})
+    generator = torch.Generator().manual_seed(seed + 1)
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    fast, slow = (copy.deepcopy(teacher) for _ in range(2))
+    weights, *averages = (list(net.parameters()) for net in (student, fast, slow))
+    kept = [[w.to(variant.ema_dtype) for w in average] for average in averages]
+    optimizer, schedule = toy_2d.adam(weights, 1e-3, iterations)
+    for _ in range(iterations):
+        x_0, noise = data(batch, generator), torch.randn(batch, 2, generator=generator)
+        draw = authors_windows if variant.authors_windows else sc.sample_windows
+        windows = draw(config, batch, generator=generator)
+        x_t, target = target_of(variant, config, windows, x_0, noise, teacher, fast, slow)
+        loss = (student(x_t, windows.t) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        for average, own, decay in zip(averages, kept, (config.fast_decay, config.slow_decay)):
+            with torch.no_grad():
+                for w, a, weight in zip(average, own, weights):
+                    w.copy_(a.lerp_(weight.to(a.dtype), 1 - decay))
+    return student.requires_grad_(False)
+
+
+def measure(flow: str, seed: int, length: float = 1.0) -> dict:
+    torch.set_num_threads(1)
+    on, iterations = bench.Bench(flow, seed), max(2, round(2000 * length))
+    base = toy_2d.train_teacher(on.data, iterations, seed)
+    out = {"flow": flow, "seed": seed, "variants": {}}
+    for variant in VARIANTS:
+        net = train(variant, base, on.data, iterations, seed)
+        grid = sc.time_grid(3, variant.shift)
+        out["variants"][variant.name] = {
+            "error": on.error(net, 3, variant.shift),
+            "calibrated": on.calibrated(base, net, 3, variant.shift)["error"],
+            "lam": sc.optimal_scale(net, base, on.validation, grid).item(),
+        }
+    return out
+
+
+def markdown(runs: list[dict]) -> str:
+    flows = list(dict.fromkeys(run["flow"] for run in runs))
+    columns = [f"{flow}: {what}" for flow in flows for what in ("scale 1", "calibrated", "lam*")]
+    lines = [f"| 3 steps | expected | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
+    for variant in VARIANTS:
+        cells = []
+        for flow in flows:
+            group = [run["variants"][variant.name] for run in runs if run["flow"] == flow]
+            cells += [bench.show([run[key] for run in group]) for key in ("error", "calibrated")]
+            cells.append(f"{bench.interval([run['lam'] for run in group])[0]:.2f}")
+        lines.append(f"| {variant.name} | {variant.expected} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown(bench.collect(measure, ["moons", "gaussians"])))
