@@ -75,12 +75,14 @@ class ShortcutConfig:
     slow_decay: float = 0.999  # of theta_slow
 
     def __post_init__(self):
+        # A list will do as well; tuples can be hashed.
+        vars(self).update(strides=tuple(self.strides), shift_range=tuple(self.shift_range))
         half, rho, N = self.grid_steps / 2, self.teacher_ratio, self.student_steps
         fit = all(1 <= stride <= half for stride in self.strides or [0])
         _require(fit, f"strides={self.strides} must be one or more in [1, grid_steps/2 = {half:g}]")
-        _require(0 < self.shift_range[0] <= self.shift_range[1], f"{self.shift_range=} must be > 0")
-        for decay in (self.fast_decay, self.slow_decay):
-            _require(0 <= decay < 1, f"EMA decay {decay} must lie in [0, 1)")
+        (low, high), decays = self.shift_range, (self.fast_decay, self.slow_decay)
+        _require(0 < low <= high, f"shift_range=({low}, {high}) must be two ascending shifts > 0")
+        _require(all(0 <= d < 1 for d in decays), f"EMA decays {decays} must lie in [0, 1)")
         if N is None:
             _require(rho is not None and 0 <= rho <= 1, f"teacher_ratio={rho} must lie in [0, 1]")
         else:
@@ -100,10 +102,9 @@ class ShortcutConfig:
     def lookahead(self) -> float:
         """Mean look-ahead L of a trained student in grid time, s = 1 (B); it suits 1/(2L) steps."""
         rho, mean_d = self.teacher_ratio, sum(self.strides) / len(self.strides) / self.grid_steps
-        if self.student_steps is not None:
-            return 1 / (2 * self.student_steps)
         dual = 1 / self.grid_steps + (1 - rho) / rho * mean_d if rho else float("inf")
-        return dual if self.dual else dual / 2
+        wanted = self.student_steps and 1 / (2 * self.student_steps)
+        return wanted or (dual if self.dual else dual / 2)
 
     def teacher_share(self, fusion: bool = False) -> float:
         """Expected share of teacher rows: rho, or m / (1 + m) for matched odds of mean m."""

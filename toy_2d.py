@@ -73,9 +73,9 @@ def draw_from(pool: Tensor) -> Data:
 class VelocityMLP(nn.Module):
     """v(x, t) for x (B, 2) and t (B,): three hidden layers; t comes with four Fourier octaves."""
 
-    def __init__(self, width: int = 96):
+    def __init__(self, width: int = 64):
         super().__init__()
-        layers = [(nn.Linear(a, b), nn.SiLU()) for a, b in pairwise((11, width, width, width))]
+        layers = [(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise((11, width, width, width))]
         self.layers = nn.Sequential(*sum(layers, ()), nn.Linear(width, 2))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def train_teacher(data: Data, iterations: int, seed: int, batch: int = 1024) -> 
 
 
 def train_student(
-    teacher, data: Data, config: sc.ShortcutConfig, iterations: int, seed, snapshots=(), batch=1024
+    teacher, data: Data, config: sc.ShortcutConfig, iterations: int, seed, snapshots=(), batch=512
 ) -> dict[int, nn.Module]:
     """Shortcut the teacher or, without one, train from scratch (fusion).
 
@@ -239,12 +239,13 @@ def plot_lines(panels: list[tuple[str, str, dict]], level: float, path: Path) ->
 
 
 def square_panels(samplers: list[tuple], data: Tensor) -> tuple[Figure, list]:
-    """A titled panel for each sampler (title, network, steps, color), large enough for the data."""
+    """A titled panel for each sampler (title, network, steps, color), the data faint below."""
     figure = Figure((4 * len(samplers), 4.3), layout="constrained")
     axes, limit = figure.subplots(1, len(samplers)), max(1.15 * data.abs().max().item(), 3)
     for axis, (title, _, _, color) in zip(axes, samplers):
         axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect=1)
         axis.set_title(title, fontsize=12, color=color, fontweight="bold")
+        axis.scatter(*data[:4000].T, s=2, color="#f2c14e", alpha=0.35, linewidths=0)
     return figure, axes
 
 
@@ -261,7 +262,6 @@ def plot_paths(samplers: list[tuple], noise: Tensor, data: Tensor, shift: float,
     figure, axes = square_panels(samplers, data)
     for axis, (_, net, steps, color) in zip(axes, samplers):
         states = trajectory(net, noise[:160], steps, shift)
-        axis.scatter(*data[:4000].T, s=2, color="#f2c14e", alpha=0.35, linewidths=0)
         axis.add_collection(LineCollection(states.transpose(0, 1), colors=color, lw=0.7, alpha=0.6))
         for i, size, shade, name in ((0, 7, "#a9b4c0", "noise"), (-1, 15, "black", "sample")):
             axis.scatter(*states[i].T, s=size, color=shade, linewidths=0, label=name, zorder=3)
@@ -327,7 +327,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.fusion:  # a fused row makes 3 - 2 share network calls, one of plain flow matching one
         calls = 2 * iterations * (3 - 2 * config.teacher_share(fusion=True))
         base = train_teacher(data, round(calls), args.seed)
-        kept = train_student(None, data, config, 2 * iterations, args.seed, snapshots)
+        kept = train_student(None, data, config, 2 * iterations, args.seed, snapshots, 1024)
         nets = {"flow matching": lambda n: base, "fused": lambda n: student}
     else:
         base = train_teacher(data, iterations, args.seed)

@@ -305,14 +305,12 @@ def test_matched_shares_are_those_of_an_independent_derivation():
         assert abs(config.teacher_share() - share) < 6e-4
 
 
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_training_on_matched_windows_ends_at_the_wanted_lookahead(shift):
+def lookahead_after_training(config, shift, rounds=40):
     """The whole method on a table instead of a network; the teacher is v*(x, t) = t.
 
     Each round replaces the table by the mean target of the rows that start at its entries, which is
-    what the loss's minimum is. The student must be t - L*: what 3 Euler steps want.
+    what the loss's minimum is. Returns t - v, the student's look-ahead in t, at u = 0, ..., 1.
     """
-    config = sc.ShortcutConfig.for_steps(3, shift)
     table = grid_t = sc.shift_time(torch.arange(33) / 32, shift)
 
     def student(x, t):
@@ -322,7 +320,7 @@ def test_training_on_matched_windows_ends_at_the_wanted_lookahead(shift):
 
     windows = sc.sample_windows(config, 200_000, U=0.5, generator=seeded())
     entry = (32 * grid_time(windows.t, shift)).round().long()
-    for _ in range(40):
+    for _ in range(rounds):
         seen = {}
 
         def capture(x, t, seen=seen):
@@ -337,8 +335,25 @@ def test_training_on_matched_windows_ends_at_the_wanted_lookahead(shift):
         target = -seen["v"].grad[:, 0] * 200_000 / 2
         total = torch.zeros(33).index_add(0, entry, target)
         table = total / torch.bincount(entry, minlength=33).clamp(min=1)
+    return grid_t - table
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_training_on_matched_windows_ends_at_the_wanted_lookahead(shift):
+    """The student must be t - L*: what 3 Euler steps want."""
+    ahead = lookahead_after_training(sc.ShortcutConfig.for_steps(3, shift), shift)
     expected = torch.tensor([wanted(j / 32, 3, shift) for j in range(33)])
-    assert_close(grid_t - table, expected, atol=0.006, rtol=0)
+    assert_close(ahead, expected, atol=0.006, rtol=0)
+
+
+@pytest.mark.parametrize("shift, told", [(1.0, (0.22, 0.18, 0.08)), (3.0, (0.14, 0.17, 0.12))])
+def test_training_on_paper_windows_ends_as_uneven_as_the_readme_says(shift, told):
+    config = sc.ShortcutConfig(teacher_ratio=0.52, shift_range=(shift, shift))
+    ahead = lookahead_after_training(config, shift)
+    assert_close(ahead[[32, 21, 11]], torch.tensor(told), atol=0.015, rtol=0)
+    matched = lookahead_after_training(sc.ShortcutConfig.for_steps(3, shift), shift)
+    unevenness = [(a - wanted(1 / 3, 3, shift)).abs() for a in (ahead[11], matched[11])]
+    assert unevenness[0] > 10 * unevenness[1]
 
 
 # ---------------------------------------------------------------------------------- target and loss
@@ -625,6 +640,12 @@ def test_optimal_scale_passes_cond():
 def test_bad_settings_are_refused_with_value_and_range(bad, words):
     with pytest.raises(ValueError, match=words):
         sc.ShortcutConfig(**bad)
+
+
+def test_lists_do_as_well_as_tuples():
+    config = sc.ShortcutConfig.for_steps(3, strides=[2, 4], shift_range=[1, 2])
+    assert config == sc.ShortcutConfig.for_steps(3, strides=(2, 4), shift_range=(1, 2))
+    assert len(sc.sample_windows(config, 5).t) == 5
 
 
 def test_for_steps_refuses_a_teacher_share_of_ones_own():

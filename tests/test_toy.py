@@ -1,6 +1,7 @@
 """The toy: its metric, its scale, its whole command, and the benchmarks beside it."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -210,6 +211,20 @@ def test_benchmark_verdicts():
     assert bench.verdict([1e-3], [2e-3], [1e-5]) == "yes"
     assert bench.verdict([2e-3], [1e-3], [1e-5]) == "no"
     assert bench.verdict([2e-4], [1e-4], [1e-4]) == "both at the floor"
+
+
+def test_readme_links_hit_their_lines():
+    """[`name`](shortcut.py#L12): line 12 defines that name. Tests that it names exist."""
+    readme = (ROOT / "README.md").read_text()
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", readme)
+    assert len(links) == readme.count(".py#L") >= 12
+    for name, file, line in links:
+        text = (ROOT / file).read_text().splitlines()[int(line) - 1]
+        assert re.match(rf"(def|class) {name}\b", text), (name, line, text)
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", readme))
+    assert len(named) >= 12
+    assert all(f"def {name}(" in tests for name in named)
 
 
 def test_readme_has_the_commands_that_ci_runs():

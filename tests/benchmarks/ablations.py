@@ -28,6 +28,7 @@ class Variant:
     pointwise: bool = False  # teacher rows regress on the teacher's velocity at (x_t, t)
     plain_mean: bool = False  # (v_1 + v_2) / 2, whatever the lengths
     ema_dtype: torch.dtype = torch.float32
+    oracle: bool = False  # regression on the exact mean velocity of the sampler's own steps
 
 
 def paper(rho):
@@ -49,11 +50,14 @@ VARIANTS = (
     Variant("re-noised midpoint", "worse: the midpoint leaves the path", renoised=True),
     Variant("teacher rows point-wise", "look-ahead shorter by about 1/n", pointwise=True),
     Variant("EMAs in bfloat16", "stalls: the averages stay the teacher", ema_dtype=torch.bfloat16),
+    Variant("oracle: the teacher's exact mean velocity", "the best a 3-step student can be",
+            oracle=True),
     Variant("**as shipped**, shift 3", "lam* about 1", shift=3.0),
     Variant("plain mean, shift 3", "biased where halves differ most", shift=3.0, plain_mean=True),
     Variant("shift range 2.5-4.5, sampled at 3", "a mixture, nearly as good",
             {**bench.matched(3), "shift_range": (2.5, 4.5)}, shift=3.0),
     Variant("paper windows, rho 0.52, shift 3", "far worse than matched", paper(0.52), shift=3.0),
+    Variant("oracle, shift 3", "the best a 3-step student can be", shift=3.0, oracle=True),
 )  # fmt: skip
 
 
@@ -89,7 +93,18 @@ def target_of(variant, config, windows, x_0, noise, teacher, fast, slow):
     return x_t, target
 
 
-def train(variant, teacher, data, iterations, seed, batch=1024):
+def oracle_of(variant, x_0, noise, teacher, generator):
+    """Times and states where a 3-step sampler stops; the teacher's mean velocity from there on."""
+    times = sc.time_grid(3, variant.shift)
+    stop = torch.randint(0, 3, (len(x_0),), generator=generator)
+    t, t_next = times[stop], times[stop + 1]
+    x = x_t = sc.interpolate(x_0, noise, t)
+    for i in range(16):
+        x = x - (t - t_next)[:, None] / 16 * teacher(x, t + (t_next - t) * i / 16)
+    return t, x_t, (x_t - x) / (t - t_next)[:, None]
+
+
+def train(variant, teacher, data, iterations, seed, batch=512):
     shift_range = (variant.shift, variant.shift)
     config = sc.ShortcutConfig(**{"shift_range": shift_range, **bench.EMA, **variant.settings})
     generator = torch.Generator().manual_seed(seed + 1)
@@ -102,8 +117,12 @@ def train(variant, teacher, data, iterations, seed, batch=1024):
         x_0, noise = data(batch, generator), torch.randn(batch, 2, generator=generator)
         draw = authors_windows if variant.authors_windows else sc.sample_windows
         windows = draw(config, batch, generator=generator)
-        x_t, target = target_of(variant, config, windows, x_0, noise, teacher, fast, slow)
-        loss = (student(x_t, windows.t) - target).square().mean()
+        t = windows.t
+        if variant.oracle:
+            t, x_t, target = oracle_of(variant, x_0, noise, teacher, generator)
+        else:
+            x_t, target = target_of(variant, config, windows, x_0, noise, teacher, fast, slow)
+        loss = (student(x_t, t) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -60,10 +60,10 @@ class Bench:
             x = sc.euler_sample(base, x, torch.linspace(times[i], times[i + 1], 17))
         return lams
 
-    def train(self, base, iterations, data=None, snapshots=(), **settings):
+    def train(self, base, iterations, data=None, snapshots=(), batch=512, **settings):
         config = sc.ShortcutConfig(**{"shift_range": (1.0, 1.0), **EMA, **settings})
         data = data or self.data
-        return toy.train_student(base, data, config, iterations, self.seed, snapshots)
+        return toy.train_student(base, data, config, iterations, self.seed, snapshots, batch)
 
 
 def matched(steps):
@@ -118,7 +118,7 @@ def measure(flow: str, seed: int, length: float = 1.0) -> dict:
             "lam": bench.lam_per_step(base, net, 3, 3.0),
         }
 
-    fused = bench.train(None, its(4000), **matched(3))[its(4000)]
+    fused = bench.train(None, its(4000), batch=1024, **matched(3))[its(4000)]
     config = sc.ShortcutConfig.for_steps(3, 1.0)
     calls = 1 + 2 * (1 - config.teacher_share(fusion=True))
     plain = toy.train_teacher(bench.data, its(4000 * calls), seed)
