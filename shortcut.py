@@ -3,13 +3,17 @@
 Conventions (the field is split on both signs, so read this first):
     time       t = 1 is noise, t = 0 is data, as in Flux and Stable Diffusion 3
     state      x_t = (1 - t) x_0 + t noise
-    velocity   v(x_t, t) estimates noise - x_0; an Euler step from t down to s is x_t - (t - s) v
+    velocity   v(x_t, t) estimates noise - x_0; an Euler step from t to t' is x_t - (t - t') v
     grid time  u in [0, 1] is uniform; the shift s maps it to t = s u / (1 + (s - 1) u)
 
 A velocity is any callable v(x, t, **cond) that returns a tensor like x, with x (B, ...), t (B,) and
 every conditioning tensor batched on dim 0. It is given x and t in float32 (float64 if the data is)
 and casts them to what its network wants: bfloat16 rounds t by up to 0.004, and the windows below
 are as narrow as 0.011.
+
+A batch has teacher rows, which learn from a frozen teacher, and self rows, which learn from moving
+averages of the student. A student's look-ahead is how far further down the path its velocity is the
+teacher's; README.md explains it. Fusion is training from scratch, where data replace the teacher.
 
 Equation and algorithm numbers are the paper's. (A) and (B) are ours; README.md derives them.
 """
@@ -65,8 +69,8 @@ class ShortcutConfig:
     A setting out of range raises ValueError with its value and the range.
     """
 
-    grid_steps: int = 32  # n, the teacher's own steps; windows start and end on this grid
-    teacher_ratio: float | None = 0.4  # rho = k/N, share of teacher rows; None: from student_steps
+    grid_steps: int = 32  # n, the teacher's own steps; the paper's windows lie on its grid
+    teacher_ratio: float | None = 0.4  # rho, share of teacher rows; None: student_steps sets it
     strides: tuple[int, ...] = (2, 4, 8)  # half the window of a self row, in grid steps
     shift_range: tuple[float, float] = (2.5, 4.5)  # s ~ U[low, high] (Eq. 17), drawn per row
     dual: bool = True  # Algorithm 2; False: vanilla, Algorithm 1
@@ -78,10 +82,10 @@ class ShortcutConfig:
         # A list will do as well; tuples can be hashed.
         vars(self).update(strides=tuple(self.strides), shift_range=tuple(self.shift_range))
         half, rho, N = self.grid_steps / 2, self.teacher_ratio, self.student_steps
-        fit = all(1 <= stride <= half for stride in self.strides or [0])
-        _require(fit, f"strides={self.strides} must be one or more in [1, grid_steps/2 = {half:g}]")
+        fit = all(1 <= stride <= half and stride % 1 == 0 for stride in self.strides or [0])
+        _require(fit, f"strides={self.strides} must be integers in [1, grid_steps/2 = {half:g}]")
         (low, high), decays = self.shift_range, (self.fast_decay, self.slow_decay)
-        _require(0 < low <= high, f"shift_range=({low}, {high}) must be two ascending shifts > 0")
+        _require(0 < low <= high < float("inf"), f"shift_range=({low}, {high}) must ascend, > 0")
         _require(all(0 <= d < 1 for d in decays), f"EMA decays {decays} must lie in [0, 1)")
         if N is None:
             _require(rho is not None and 0 <= rho <= 1, f"teacher_ratio={rho} must lie in [0, 1]")
@@ -95,16 +99,15 @@ class ShortcutConfig:
 
         `shift` fixes one shift. Where `shift_range` holds instead, its middle is matched.
         """
-        settings |= {} if shift is None else {"shift_range": (shift, shift)}
-        return cls(student_steps=student_steps, **{"teacher_ratio": None, **settings})
+        fixed = {} if shift is None else {"shift_range": (shift, shift)}
+        return cls(student_steps=student_steps, **{"teacher_ratio": None, **settings}, **fixed)
 
     @property
     def lookahead(self) -> float:
-        """Mean look-ahead L of a trained student in grid time, s = 1 (B); it suits 1/(2L) steps."""
+        """Look-ahead L in grid time: (B), s = 1, or the wanted 1/(2N). It suits 1/(2L) steps."""
         rho, mean_d = self.teacher_ratio, sum(self.strides) / len(self.strides) / self.grid_steps
         dual = 1 / self.grid_steps + (1 - rho) / rho * mean_d if rho else float("inf")
-        wanted = self.student_steps and 1 / (2 * self.student_steps)
-        return wanted or (dual if self.dual else dual / 2)
+        return 1 / (2 * N) if (N := self.student_steps) else dual if self.dual else dual / 2
 
     def teacher_share(self, fusion: bool = False) -> float:
         """Expected share of teacher rows: rho, or m / (1 + m) for matched odds of mean m."""
@@ -121,7 +124,7 @@ Windows = namedtuple("Windows", "t t_mid t_end teacher_rows")
 
 @lru_cache
 def matched_odds(config: ShortcutConfig, fusion: bool = False) -> Tensor:
-    """Odds (n,) of teacher to self rows starting at u = 1/n, ..., 1 for which L = L* solves (A)."""
+    """Odds (n,) of teacher to self rows at u = 1/n, ..., 1: (A) solved for L = L*, clamped."""
     n, N, shift = config.grid_steps, config.student_steps, sum(config.shift_range) / 2
     u = torch.arange(1, n + 1, dtype=torch.float64) / n
 
@@ -134,9 +137,9 @@ def matched_odds(config: ShortcutConfig, fusion: bool = False) -> Tensor:
         return (t - t_mid) / (t - t_end), t - t_mid, wanted(u - d)
 
     w, step, ahead = (torch.stack(column) for column in zip(*map(window, config.strides)))
-    F, W = ((1 - w) * (step + ahead)).mean(0), w.mean(0)
+    F, W = ((1 - w) * (step + ahead)).mean(0), w.mean(0)  # a self row's look-ahead: F + W L
     w, step, ahead = window(1)
-    G = (1 - w) * (step + config.dual * ahead) * (not fusion)  # look-ahead of a teacher row
+    G = (1 - w) * (step + config.dual * ahead) * (not fusion)  # a teacher row's
     rho = ((F + W * wanted(u) - wanted(u)) / (F + W * wanted(u) - G)).clamp(0.05, 0.95)
     return rho / (1 - rho)
 
@@ -144,7 +147,7 @@ def matched_odds(config: ShortcutConfig, fusion: bool = False) -> Tensor:
 def sample_windows(
     config: ShortcutConfig, batch: int, fusion=False, U: float | None = None, generator=None
 ) -> Windows:
-    """A random window per row: Algorithms 1 and 2, or matched windows if `student_steps` is set.
+    """Random windows: Algorithms 1, 2, or matched if `student_steps`; `fusion`: without a teacher.
 
     The first k = floor(share B + U) rows are the teacher's: exact in expectation for every B. On
     several processes pass the same U, uniform in [0, 1): all make equally many network calls.
@@ -178,9 +181,9 @@ def shortcut_target(first: Velocity, second: Velocity, x_t: Tensor, windows: Win
     Displacement over elapsed time: (v_1 + v_2) / 2 would be wrong for steps of unequal length.
     """
     t, t_mid, t_end = (_per_row(time, x_t) for time in windows[:3])
-    v_1 = first(x_t, windows.t, **cond)
+    v_1 = first(x_t, windows.t.to(x_t), **cond)
     x_mid = x_t - (t - t_mid) * v_1
-    v_2 = second(x_mid, windows.t_mid, **cond)
+    v_2 = second(x_mid, windows.t_mid.to(x_t), **cond)
     x_end = x_mid - (t_mid - t_end) * v_2
     return (x_t - x_end) / (t - t_end)
 
@@ -211,7 +214,8 @@ def shortcut_loss(
     else:
         first = second = partial(_split, k, teacher, slow)
     target = shortcut_target(first, second, x_t, windows, **cond)
-    error = (student(x_t, windows.t, **cond) - target).square()
+    error = ((v := student(x_t, windows.t.to(x_t), **cond)) - target).square()
+    _require(v.shape == target.shape == x_t.shape, f"velocity {[*v.shape]} must be like x_0")
     loss, error = error.mean(), error.detach()
     log = {"teacher_loss": error[:k].mean(), "self_loss": error[k:].mean()}
     return loss, {**log, "residual": (error.sum() / target.square().sum()).sqrt()}
@@ -224,7 +228,7 @@ def update_ema(ema: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -
     The averages must be float32 or float64: in bfloat16 a step of 1 - 0.999 rounds to nothing.
     """
     ema, wide = list(ema), {torch.float32, torch.float64}
-    _require({e.dtype for e in ema} <= wide, f"EMA in {ema[0].dtype} must be float32 or float64")
+    _require(not (bad := {e.dtype for e in ema} - wide), f"EMA in {bad} must be float32, float64")
     torch._foreach_lerp_(ema, [w.to(e) for e, w in zip(ema, weights, strict=True)], 1 - decay)
 
 
@@ -233,7 +237,8 @@ def update_ema(ema: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -
 
 @torch.no_grad()
 def optimal_scale(student: Velocity, teacher: Velocity, noise: Tensor, times: Tensor, **cond):
-    """lam*: the scale for which v_T + lam (v_S - v_T) best fits the coming step's mean velocity.
+    """lam*: the scale lam for which teacher + lam (student - teacher), v_T + lam (v_S - v_T), best
+    fits the teacher's mean velocity over the coming step.
 
     A scalar tensor. Least squares over validation noise (B, ...) and a sampler's times (N + 1,), on
     the teacher's trajectories, 16 Euler steps for each of the N. More than 1: under-trained for N
@@ -247,7 +252,7 @@ def optimal_scale(student: Velocity, teacher: Velocity, noise: Tensor, times: Te
         product = product + ((v_S - v_T) * (v_mean - v_T)).sum()
         square = square + (v_S - v_T).square().sum()
         x = x_next
-    return torch.where(square > 0, product / square, float("inf"))
+    return torch.where(square == 0, float("inf"), product / square)
 
 
 # ---------------------------------------------------------------------------------------- internals
@@ -266,7 +271,7 @@ def _wide(x: Tensor) -> Tensor:
 
 def _per_row(t: Tensor, x: Tensor) -> Tensor:
     """Times (B,) as (B, 1, ..., 1), to multiply x (B, ...)."""
-    return t.to(_wide(x).dtype).reshape(-1, *[1] * (x.ndim - 1))
+    return t.to(_wide(x)).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _split(k: int, head: Velocity, tail: Velocity, x: Tensor, t: Tensor, /, **cond) -> Tensor:

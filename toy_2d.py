@@ -26,7 +26,7 @@ import shortcut as sc
 
 STEPS = (1, 2, 3, 4, 8, 16, 32)  # columns of the table
 FINE_STEPS = 64  # what stands for the teacher's exact endpoint
-POINTS = 16_384  # samples behind an energy distance
+POINTS = 8_192  # samples behind an energy distance
 COLORS = ("#5b6b7f", "#e4572e", "#2a9d8f", "#d79a22")  # teacher, student, student at its scale
 Data = Callable[[int, torch.Generator], Tensor]  # (count, generator) -> points (count, 2)
 
@@ -154,7 +154,7 @@ def energy_distance(x: Tensor, y: Tensor, directions: int = 16) -> float:
     """2 E|x - y| - E|x - x'| - E|y - y'| of points (n, 2) and (m, 2), unbiased; 0 for equal laws.
 
     In the plane |a| is pi/2 times the mean of |<a, e>| over directions e, and on a line a sort
-    gives the sum over all pairs. So 16,384 points are quick; a test compares the direct sum.
+    gives the sum over all pairs. So 8,192 points are quick; a test compares the direct sum.
     """
     angle = math.pi * torch.arange(directions) / directions
     x, y = ((points @ torch.stack([angle.cos(), angle.sin()])).T.numpy() for points in (x, y))
@@ -316,7 +316,7 @@ def parse(argv: list[str] | None) -> Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args, started = parse(argv), time.perf_counter()
-    torch.set_num_threads(2)  # at this size more would only wait for each other
+    torch.set_num_threads(1)  # tensors are small: more would only wait for each other
     data, shift, config, iterations = FLOWS[args.flow], args.shift, args.config, args.iterations
     generator = torch.Generator().manual_seed(args.seed + 10_000)  # of all that measures
     reference, noise = data(POINTS, generator), torch.randn(POINTS, 2, generator=generator)
