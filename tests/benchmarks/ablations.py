@@ -4,12 +4,13 @@ Trains a student of the 2-D flows with one choice changed at a time and prints a
 Variants that shortcut.py does not ship live here.
 """
 
+import toy as bench  # isort: skip; tests/benchmarks/toy.py: it sets threads before torch starts
+
 import copy
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-import toy as bench  # tests/benchmarks/toy.py, which also finds the repository's root
 
 import shortcut as sc
 import toy_2d
