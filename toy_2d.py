@@ -193,7 +193,7 @@ def table(energy: dict, rms: dict, scales: dict[int, float], floor: float) -> st
     def line(name, form, values):
         return f"{name:17s}" + "".join(f"{value:{form}}" for value in values)
 
-    lines = [line("Euler steps", "9d", STEPS)]
+    lines = [line("Euler steps", "9d", next(iter(energy.values())))]
     lines += [f"energy distance to fresh data, x 1e-4 (data to data: 0 +- {1e4 * floor:.1f})"]
     lines += [line(f"  {k}", "9.1f", (1e4 * e for e in row.values())) for k, row in energy.items()]
     lines += [f"RMS distance to where {FINE_STEPS} steps of the {next(iter(rms))} end"]
@@ -207,11 +207,11 @@ def table(energy: dict, rms: dict, scales: dict[int, float], floor: float) -> st
 def plot_samples(samples: dict, energy: dict, data: Tensor, floor: float, path: Path) -> None:
     """Densities: unlike scatter plots they show holes, and mass where none belongs."""
     figure = Figure((16, height := 2.2 * len(samples) + 0.4))
-    grid = figure.subplots(len(samples), len(STEPS) + 1)
+    grid = figure.subplots(len(samples), len(next(iter(samples.values()))) + 1)
     figure.subplots_adjust(0.02, 0.01, 0.998, 1 - 0.6 / height, wspace=0.04, hspace=0.15)
     edges = np.linspace(-1.15, 1.15, 81) * data.abs().max().item()
     for axes, (name, row), color in zip(grid, samples.items(), COLORS):
-        labels = [f"{n} step{'s' * (n > 1)}: {1e4 * energy[name][n]:.1f}" for n in STEPS]
+        labels = [f"{n} step{'s' * (n > 1)}: {1e4 * energy[name][n]:.1f}" for n in row]
         labels.append(f"data: ±{1e4 * floor:.1f}")
         for axis, points, label in zip(axes, [*row.values(), data], labels):
             image = np.histogram2d(*points.T.numpy(), bins=[edges, edges])[0].T
@@ -289,25 +289,25 @@ def parse(argv: list[str] | None) -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--flow", choices=FLOWS, default="moons", help="the data")
-    add("--student-steps", type=int, default=3, metavar="N", help="step count to build for")
-    add("--paper", action="store_true", help="the paper's windows and teacher share of 0.4 instead")
+    add("--student-steps", type=int, default=3, dest="N", help="step count to build for")
+    add("--paper", action="store_true", help="the paper's windows and share, whatever N is")
     add("--fusion", action="store_true", help="train from scratch, without a teacher")
     add("--few-shot", type=int, default=0, metavar="K", help="distil on K points only; 0: on all")
     add("--shift", type=float, default=1.0, help="time shift s of training and sampling (Flux: 3)")
-    add("--iterations", type=int, default=2000, help="of the teacher and of the student")
+    add("--iterations", type=int, default=2000, help="of teacher and student; --fusion: twice")
     add("--seed", type=int, default=0, help="of networks, data and noise")
     add("--out", type=Path, default=Path("toy_out"), help="folder for figures and results.json")
     add("--animate", action="store_true", help="also write flow.gif, noise flowing to data")
     args = parser.parse_args(argv)
     if args.fusion and (args.few_shot or args.paper):
         parser.error("--fusion goes with neither --few-shot nor --paper")
-    if min(args.iterations, args.few_shot + 1) < 1:
-        parser.error("--iterations must be at least 1, --few-shot at least 0")
-    N = args.student_steps
-    make = sc.ShortcutConfig if args.paper else partial(sc.ShortcutConfig.for_steps, N)
+    if min(args.iterations, args.N, args.few_shot + 1) < 1:
+        parser.error("--iterations and --student-steps must be at least 1, --few-shot at least 0")
+    make = sc.ShortcutConfig if args.paper else partial(sc.ShortcutConfig.for_steps, args.N)
     try:
         args.config = make(shift_range=(args.shift, args.shift), fast_decay=0.95, slow_decay=0.99)
-    except ValueError as error:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     return args
 
@@ -316,6 +316,7 @@ def main(argv: list[str] | None = None) -> None:
     args, started = parse(argv), time.perf_counter()
     torch.set_num_threads(1)  # tensors are small: more would only wait for each other
     data, shift, config, iterations = FLOWS[args.flow], args.shift, args.config, args.iterations
+    steps = sorted({*STEPS, few := args.N})
     generator = torch.Generator().manual_seed(args.seed + 10_000)  # of all that measures
     reference, noise = data(2 * POINTS, generator), torch.randn(POINTS, 2, generator=generator)
     validation = torch.randn(256, 2, generator=generator)
@@ -333,12 +334,12 @@ def main(argv: list[str] | None = None) -> None:
         kept = train_student(base, drawn, config, iterations, args.seed, snapshots)
         nets = {"teacher": lambda n: base, "student": lambda n: student}
         nets["student, scaled"] = lambda n: scaled(base, student, scales[n])
-        scales = {n: calibrate(base, kept[iterations], validation, n, shift) for n in STEPS}
-    student, few, out, (first, second, *_) = kept[max(kept)], args.student_steps, args.out, nets
+        scales = {n: calibrate(base, kept[iterations], validation, n, shift) for n in steps}
+    student, out, (first, second, *_) = kept[max(kept)], args.out, nets
 
     fine, samples, energy, rms = sample(base, noise, FINE_STEPS, shift), {}, {}, {}
     for name, net_for in nets.items():
-        points = samples[name] = {n: sample(net_for(n), noise, n, shift) for n in STEPS}
+        points = samples[name] = {n: sample(net_for(n), noise, n, shift) for n in steps}
         energy[name] = {n: energy_distance(x, reference) for n, x in points.items()}
         rms[name] = {n: (x - fine).square().sum(1).mean().sqrt().item() for n, x in points.items()}
     print(table(energy, rms, scales, floor))
@@ -349,7 +350,6 @@ def main(argv: list[str] | None = None) -> None:
         errors[f"{n} steps"][i] = energy_distance(x, reference[:8192])
         if not args.fusion:
             lams[f"{n} steps"][i] = sc.optimal_scale(kept[i], base, validation, times).item()
-    out.mkdir(parents=True, exist_ok=True)
     results = dict(energy=energy, rms=rms, floor=floor, scales=scales, errors=errors, lams=lams)
     results["settings"] = {name: str(value) for name, value in vars(args).items()}
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -361,7 +361,7 @@ def main(argv: list[str] | None = None) -> None:
     title = "energy distance to the data"
     progress = [(title, "iteration", errors), ("best scale λ*; 1: matched", "iteration", lams)]
     plot_lines(progress[: 1 + bool(scales)], 1.0 if scales else floor, out / "progress.png")
-    plot_lines([(f"{title} (black: noise)", "Euler steps", energy)], floor, out / "quality.png")
+    plot_lines([(f"{title} (black: floor)", "Euler steps", energy)], floor, out / "quality.png")
     if args.animate:
         animate(samplers, noise, reference, shift, out / "flow.gif")
     print(f"{time.perf_counter() - started:.1f} s; figures and results.json in {out}/")

@@ -118,7 +118,7 @@ FILES = {"samples.png", "paths.png", "progress.png", "quality.png", "results.jso
         ["--animate"],
         ["--paper", "--flow", "spirals"],
         ["--fusion", "--flow", "gaussians"],
-        ["--few-shot", "10", "--student-steps", "4", "--shift", "3", "--flow", "checkerboard"],
+        ["--few-shot", "10", "--student-steps", "5", "--shift", "3", "--flow", "checkerboard"],
     ],
     ids=" ".join,
 )
@@ -133,8 +133,9 @@ def test_command_writes_every_file(flags, tmp_path, capsys, monkeypatch):
     fused = "--fusion" in flags
     names = ["flow matching", "fused"] if fused else ["teacher", "student", "student, scaled"]
     assert list(results["energy"]) == list(results["rms"]) == names
-    assert all(list(row) == [str(n) for n in toy_2d.STEPS] for row in results["energy"].values())
-    assert len(results["scales"]) == (0 if fused else len(toy_2d.STEPS))
+    steps = [str(n) for n in sorted({*toy_2d.STEPS, 5 if "5" in flags else 3})]
+    assert all(list(row) == steps for row in results["energy"].values())
+    assert list(results["scales"]) == ([] if fused else steps)
     printed = capsys.readouterr().out
     for name in names:
         assert printed.count(f"  {name} ") == 2
@@ -159,6 +160,8 @@ def test_same_seed_same_table(tmp_path, capsys, monkeypatch):
         (["--fusion", "--paper"], "--fusion"),
         (["--fusion", "--few-shot", "3"], "--fusion"),
         (["--iterations", "0"], "--iterations"),
+        (["--paper", "--student-steps", "0"], "--student-steps"),
+        (["--out", __file__], "File exists"),
         (["--few-shot", "-2"], "--few-shot"),
     ],
 )
