@@ -35,7 +35,7 @@ Velocity = Callable[..., Tensor]
 def shift_time(u: Tensor, shift: float | Tensor) -> Tensor:
     """Grid time u -> t = s u / (1 + (s - 1) u) (Eq. 17); shapes broadcast, s = 1: t = u."""
     _require((low := float(torch.as_tensor(shift).min())) > 0, f"shift={low} must be > 0")
-    return u / (u + (1 - u) / shift)  # the same; rounding cannot carry it past 1
+    return u / (u + (1 - u) / shift)  # Eq. 17 over s; rounding cannot carry it past 1
 
 
 def time_grid(steps: int, shift: float = 1.0) -> Tensor:
@@ -47,7 +47,7 @@ def time_grid(steps: int, shift: float = 1.0) -> Tensor:
 def interpolate(x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """State x_t = (1 - t) x_0 + t noise, for x_0 and noise (B, ...) and t (B,)."""
     t = _per_row(t, x_0)
-    return (1 - t) * _wide(x_0) + t * _wide(noise)
+    return (1 - t) * _wide(x_0) + t * _wide(noise)  # the state x_t
 
 
 @torch.no_grad()
@@ -140,6 +140,7 @@ def matched_odds(config: ShortcutConfig, fusion: bool = False) -> Tensor:
     F, W = ((1 - w) * (step + ahead)).mean(0), w.mean(0)  # a self row's look-ahead: F + W L
     w, step, ahead = window(1)
     G = (1 - w) * (step + config.dual * ahead) * (not fusion)  # a teacher row's
+    # (A), L = rho G + (1 - rho) (F + W L), solved for rho at L = L*
     rho = ((F + W * wanted(u) - wanted(u)) / (F + W * wanted(u) - G)).clamp(0.05, 0.95)
     return rho / (1 - rho)
 
@@ -185,7 +186,7 @@ def shortcut_target(first: Velocity, second: Velocity, x_t: Tensor, windows: Win
     x_mid = x_t - (t - t_mid) * v_1
     v_2 = second(x_mid, windows.t_mid.to(x_t), **cond)
     x_end = x_mid - (t_mid - t_end) * v_2
-    return (x_t - x_end) / (t - t_end)
+    return (x_t - x_end) / (t - t_end)  # Eq. 11-12
 
 
 def shortcut_loss(
@@ -216,7 +217,7 @@ def shortcut_loss(
     target = shortcut_target(first, second, x_t, windows, **cond)
     error = ((v := student(x_t, windows.t.to(x_t), **cond)) - target).square()
     _require(v.shape == target.shape == x_t.shape, f"velocity {[*v.shape]} must be like x_0")
-    loss, error = error.mean(), error.detach()
+    loss, error = error.mean(), error.detach()  # Eq. 13
     log = {"teacher_loss": error[:k].mean(), "self_loss": error[k:].mean()}
     return loss, {**log, "residual": (error.sum() / target.square().sum()).sqrt()}
 
@@ -229,6 +230,7 @@ def update_ema(ema: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -
     """
     ema, wide = list(ema), {torch.float32, torch.float64}
     _require(not (bad := {e.dtype for e in ema} - wide), f"EMA in {bad} must be float32, float64")
+    # Eq. 14-16
     torch._foreach_lerp_(ema, [w.to(e) for e, w in zip(ema, weights, strict=True)], 1 - decay)
 
 
@@ -237,8 +239,10 @@ def update_ema(ema: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -
 
 @torch.no_grad()
 def optimal_scale(student: Velocity, teacher: Velocity, noise: Tensor, times: Tensor, **cond):
-    """lam*: the scale lam for which teacher + lam (student - teacher), v_T + lam (v_S - v_T), best
-    fits the teacher's mean velocity over the coming step.
+    """lam*: the scale for which v_T + lam (v_S - v_T), teacher v_T and student v_S, fits best.
+
+    It is fitted to v_mean, the teacher's mean velocity over the coming step:
+    lam* = sum <v_S - v_T, v_mean - v_T> / sum |v_S - v_T|^2, over noises and steps.
 
     A scalar tensor. Least squares over validation noise (B, ...) and a sampler's times (N + 1,), on
     the teacher's trajectories, 16 Euler steps for each of the N. More than 1: under-trained for N

@@ -5,6 +5,7 @@ AutoencoderKL and a FluxTransformer2DModel on them and saves a directory that st
 """
 
 import argparse
+import sys
 import time
 from itertools import product
 from pathlib import Path
@@ -26,6 +27,9 @@ from transformers import (
     T5TokenizerFast,
 )
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import shortcut as sc
+
 SIZE = 32  # pixels
 TEXT_TOKENS = 16
 SHAPES = ("circle", "square", "triangle", "ring", "cross")
@@ -40,12 +44,11 @@ CAPTIONS = [f"a {color} {shape}" for color, shape in product(COLORS, SHAPES)]
 def render(caption: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Pictures (B, 3, 32, 32) in [-1, 1] of captions (B,), by signed distances."""
     count = len(caption)
-    rand = lambda *shape: torch.rand(count, *shape, 1, 1, generator=generator)  # noqa: E731
     color = torch.tensor(list(COLORS.values()))[caption // len(SHAPES)]
     ground = torch.tensor(GROUNDS)[torch.randint(len(GROUNDS), (count,), generator=generator)]
     line = (torch.arange(SIZE) + 0.5) / SIZE * 2 - 1
     x, y = line.expand(1, SIZE, SIZE), line[:, None].expand(1, SIZE, SIZE)
-    size = 0.28 + 0.22 * rand().squeeze(1).reshape(count, 1, 1)
+    size = 0.28 + 0.22 * torch.rand(count, 1, 1, generator=generator)
     place = (2 * torch.rand(2, count, 1, 1, generator=generator) - 1) * (0.92 - size)
     x, y = (x - place[0]) / size, (y - place[1]) / size
     radius = (x**2 + y**2).sqrt()
@@ -117,7 +120,7 @@ def encode(vae, pictures):
 
 
 def train_flux(pipe, minutes, generator, data, batch=64):
-    """Plain flow matching, t uniform in the middle of a shift of 2; guidance is fed and ignored."""
+    """Plain flow matching at a time shift of 2. Guidance is fed and has no effect."""
     net, vae = pipe.transformer, pipe.vae
     with torch.no_grad():
         texts, pooled, text_ids = pipe.encode_prompt(
@@ -139,10 +142,9 @@ def train_flux(pipe, minutes, generator, data, batch=64):
         rows = torch.randint(data, (batch,), generator=generator)
         x_0 = packed[rows]
         noise = torch.randn(x_0.shape, generator=generator)
-        u = torch.rand(batch, generator=generator)
-        t = 2 * u / (1 + u)
+        t = sc.shift_time(torch.rand(batch, generator=generator), 2.0)
         v = net(
-            hidden_states=(1 - t)[:, None, None] * x_0 + t[:, None, None] * noise, timestep=t,
+            hidden_states=sc.interpolate(x_0, noise, t), timestep=t,
             guidance=8 * torch.rand(batch, generator=generator), img_ids=ids, txt_ids=text_ids,
             encoder_hidden_states=texts[which[rows]], pooled_projections=pooled[which[rows]],
         ).sample  # fmt: skip
@@ -151,8 +153,7 @@ def train_flux(pipe, minutes, generator, data, batch=64):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(average, list(net.parameters()), 0.005)
+        sc.update_ema(average, net.parameters(), 0.995)
         bar.n = round(time.time() - start)
         bar.set_postfix(iteration=i, loss=f"{loss.item():.3f}")
     with torch.no_grad():

@@ -233,6 +233,7 @@ def rows(runs: list[dict]):
     yield "5. fused, 32 steps", show(a), f"flow matching: {show(b)}", ratio(a, b), "", ""
     few, full = column("few-shot"), column("student", 3)
     yield factor("5. few-shot, 15x below teacher at 3", few, column("teacher", 3), "teacher 3", 15)
+    yield "5. few-shot, each draw", ", ".join(f"{1e4 * x:.1f}" for x in few), "", "", "", ""
     scaled = column("few-shot, calibrated", "error"), column("calibrated", 3, "error")
     for name, (a, b) in {"scale 1": (few, full), "calibrated": scaled}.items():
         times = np.mean(a) / np.mean(b)
