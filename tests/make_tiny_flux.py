@@ -1,12 +1,12 @@
 """Make tests/tiny_flux: a small trained FluxPipeline. python tests/make_tiny_flux.py
 
-Renders captioned 32 x 32 pictures ("a red circle"; ground, place and size are free), trains an
-AutoencoderKL and a FluxTransformer2DModel on them and saves a directory that stock diffusers loads.
+Renders captioned 32 x 32 pictures ("a red circle"; place, size and the hues of the tiles behind
+it are free), trains an AutoencoderKL and a FluxTransformer2DModel on them and saves a directory
+that stock diffusers loads, with a list of prompts.
 """
 
 import argparse
 import sys
-import time
 from itertools import product
 from pathlib import Path
 
@@ -31,13 +31,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import shortcut as sc
 
 SIZE = 32  # pixels
-TEXT_TOKENS = 16
+CELL = 8  # pixels from tile to tile
+TEXT_TOKENS = 8
 SHAPES = ("circle", "square", "triangle", "ring", "cross")
 COLORS = {
-    "red": (0.90, 0.15, 0.15), "green": (0.10, 0.65, 0.20), "blue": (0.15, 0.30, 0.90),
-    "yellow": (0.95, 0.85, 0.10), "purple": (0.60, 0.20, 0.75), "white": (0.98, 0.98, 0.98),
+    "red": (0.90, 0.12, 0.12), "green": (0.10, 0.70, 0.25), "blue": (0.20, 0.40, 0.98),
+    "orange": (0.98, 0.55, 0.05), "purple": (0.65, 0.20, 0.80), "white": (0.98, 0.98, 0.98),
 }  # fmt: skip
-GROUNDS = ((0.07, 0.09, 0.18), (0.20, 0.26, 0.25), (0.45, 0.30, 0.20), (0.55, 0.70, 0.85))
 CAPTIONS = [f"a {color} {shape}" for color, shape in product(COLORS, SHAPES)]
 
 
@@ -45,10 +45,15 @@ def render(caption: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Pictures (B, 3, 32, 32) in [-1, 1] of captions (B,), by signed distances."""
     count = len(caption)
     color = torch.tensor(list(COLORS.values()))[caption // len(SHAPES)]
-    ground = torch.tensor(GROUNDS)[torch.randint(len(GROUNDS), (count,), generator=generator)]
+    hue = torch.rand(count, 1, SIZE // CELL, SIZE // CELL, generator=generator)
+    tile = 0.29 + 0.22 * torch.cos(2 * torch.pi * (hue - torch.arange(3).reshape(3, 1, 1) / 3))
+    inner = (torch.arange(SIZE) % CELL < CELL - 1).float()
+    ground = 0.08 + (tile - 0.08).repeat_interleave(CELL, 2).repeat_interleave(CELL, 3) * (
+        inner * inner[:, None]
+    )
     line = (torch.arange(SIZE) + 0.5) / SIZE * 2 - 1
     x, y = line.expand(1, SIZE, SIZE), line[:, None].expand(1, SIZE, SIZE)
-    size = 0.28 + 0.22 * torch.rand(count, 1, 1, generator=generator)
+    size = 0.36 + 0.16 * torch.rand(count, 1, 1, generator=generator)
     place = (2 * torch.rand(2, count, 1, 1, generator=generator) - 1) * (0.92 - size)
     x, y = (x - place[0]) / size, (y - place[1]) / size
     radius = (x**2 + y**2).sqrt()
@@ -60,9 +65,7 @@ def render(caption: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
          torch.maximum(corner - 0.95, arms - 0.3)], 1)  # fmt: skip
     shape = (caption % len(SHAPES)).reshape(-1, 1, 1, 1).expand(-1, 1, SIZE, SIZE)
     inside = (0.5 - distance.gather(1, shape) * size[:, None] * SIZE / 2).clamp(0, 1)
-    shade = 0.85 + 0.3 * (line[:, None] + 1) / 2  # grounds grow lighter downwards
-    picture = inside * color[..., None, None] + (1 - inside) * ground[..., None, None] * shade
-    return 2 * picture.clamp(0, 1) - 1
+    return 2 * torch.lerp(ground, color[..., None, None], inside) - 1
 
 
 def text_side():
@@ -81,14 +84,14 @@ def text_side():
     pieces += [letter for letter in letters]
     t5_tokenizer = T5TokenizerFast(
         vocab=[(piece, 0.0 if i < 3 else -float(i > 4 + len(words)) * 5 - 1)
-               for i, piece in enumerate(pieces)], extra_ids=0)  # fmt: skip
+               for i, piece in enumerate(pieces)], extra_ids=0, model_max_length=TEXT_TOKENS)  # fmt: skip
     t5 = T5EncoderModel(T5Config(
         vocab_size=len(pieces), d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2,
         feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1))  # fmt: skip
     return clip_tokenizer, clip.eval(), t5_tokenizer, t5.eval()
 
 
-def train_vae(iterations, generator):
+def train_vae(iterations, generator, batch=32):
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(16, 32, 32), layers_per_block=1, latent_channels=4, norm_num_groups=8,
@@ -97,7 +100,7 @@ def train_vae(iterations, generator):
     optimizer = torch.optim.AdamW(vae.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, iterations, pct_start=0.2)
     for _ in (bar := tqdm(range(iterations), "vae")):
-        x = render(torch.randint(len(CAPTIONS), (64,), generator=generator), generator)
+        x = render(torch.randint(len(CAPTIONS), (batch,), generator=generator), generator)
         code = vae.encode(x).latent_dist
         y = vae.decode(code.sample(generator)).sample
         loss = (x - y).abs().mean() + 2 * (x - y).square().mean() + 1e-4 * code.kl().mean() / 256
@@ -119,7 +122,7 @@ def encode(vae, pictures):
     return torch.cat([vae.encode(x).latent_dist.mean for x in pictures.split(500)])
 
 
-def train_flux(pipe, minutes, generator, data, batch=64):
+def train_flux(pipe, iterations, generator, data, batch=64):
     """Plain flow matching at a time shift of 2. Guidance is fed and has no effect."""
     net, vae = pipe.transformer, pipe.vae
     with torch.no_grad():
@@ -134,11 +137,8 @@ def train_flux(pipe, minutes, generator, data, batch=64):
     ids = pipe._prepare_latent_image_ids(1, side // 2, side // 2, "cpu", torch.float32)
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3, betas=(0.9, 0.99), weight_decay=0.01)
     average = [w.detach().clone() for w in net.parameters()]
-    start, i = time.time(), 0
-    bar = tqdm(total=round(60 * minutes), desc="flux", unit="s")
-    while (done := (time.time() - start) / (60 * minutes)) < 1:
-        i += 1
-        optimizer.param_groups[0]["lr"] = 2e-3 * min(i / 100, 1, 2 * (1 - done) + 0.01)
+    for i in (bar := tqdm(range(iterations), "flux")):
+        optimizer.param_groups[0]["lr"] = 2e-3 * min((i + 1) / 100, 1, 2 - 2 * i / iterations)
         rows = torch.randint(data, (batch,), generator=generator)
         x_0 = packed[rows]
         noise = torch.randn(x_0.shape, generator=generator)
@@ -154,8 +154,7 @@ def train_flux(pipe, minutes, generator, data, batch=64):
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         sc.update_ema(average, net.parameters(), 0.995)
-        bar.n = round(time.time() - start)
-        bar.set_postfix(iteration=i, loss=f"{loss.item():.3f}")
+        bar.set_postfix(loss=f"{loss.item():.3f}")
     with torch.no_grad():
         for weight, mean in zip(net.parameters(), average):
             weight.copy_(mean)
@@ -164,8 +163,8 @@ def train_flux(pipe, minutes, generator, data, batch=64):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny_flux")
-    parser.add_argument("--vae-iterations", type=int, default=2500, help="batches of 64 pictures")
-    parser.add_argument("--minutes", type=float, default=12.0, help="of training the transformer")
+    parser.add_argument("--vae-iterations", type=int, default=1500, help="batches of 32 pictures")
+    parser.add_argument("--iterations", type=int, default=20_000, help="batches of 64 latents")
     parser.add_argument("--pictures", type=int, default=20_000, help="to train it on")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
@@ -182,8 +181,11 @@ def main(argv=None):
     pipe = FluxPipeline(scheduler, vae, clip, clip_tokenizer, t5, t5_tokenizer, net)
     print(f"{sum(w.numel() for w in net.parameters()) / 1e6:.2f} M parameters in the transformer,",
           f"{sum(w.numel() for w in vae.parameters()) / 1e6:.2f} M in the VAE")  # fmt: skip
-    train_flux(pipe, args.minutes, generator, args.pictures)
+    train_flux(pipe, args.iterations, generator, args.pictures)
     pipe.to(torch.float16).save_pretrained(args.out)
+    # Each caption ten times, shapes and colours mixed: whichever come last are of all kinds.
+    lines = [CAPTIONS[7 * i % len(CAPTIONS)] for i in range(10 * len(CAPTIONS))]
+    (args.out / "prompts.txt").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

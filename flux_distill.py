@@ -1,0 +1,962 @@
+"""Distil FLUX.1-dev into a few-step sampler: a LoRA by SCFM (arXiv 2510.17858), see shortcut.py.
+
+    cache      prompt embeddings and latents, so that the encoders can leave memory
+    train      one LoRA on a frozen base; the student and both its averages are float32, outside it
+    calibrate  the scale of the LoRA for each number of steps; the student or its slow average
+    compare    with the teacher on held-out prompts, from the saved file in a stock pipeline
+
+Each phase is skipped when its result is in --out and fits the settings; after an interruption the
+same command goes on. Latents are packed, (B, tokens, channels), as the transformer takes them.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import textwrap
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from argparse import RawDescriptionHelpFormatter as RawFormatter
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises packages that Flux needs not
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.training_utils import free_memory, generate_aspect_ratio_buckets
+from huggingface_hub import errors as hub
+from huggingface_hub import hf_hub_download
+from peft import LoraConfig, get_peft_model_state_dict
+
+import shortcut as sc
+
+FLUX = "black-forest-labs/FLUX.1-dev"
+LORA = "pytorch_lora_weights.safetensors"
+FINE = 32  # steps of the teacher that stand for all of its quality
+STEPS, WATCHED = (2, 3, 4, 6, 8), (2, 3, 4, 8)  # calibrated and compared; logged while training
+TEXT_TOKENS = 256  # of T5, or fewer where its tokenizer's longest text is shorter
+MAX_GUIDANCE, POOL_GUIDANCE = 8.0, 3.5  # training draws it from [0, 8]; for what the teacher draws
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+SHARD = 32  # prompts or latents in a file of the cache
+SMALLER = """what helps, in this order: gradient checkpointing (no --no-checkpointing), --batch 4 \
+--accumulate 2 (down to --batch 1), --rank 16, --layers blocks, --resolution 256"""
+PROMPTS = """a red fox asleep in fresh snow, soft morning light; a bowl of ramen, seen from above
+an old fisherman mending a net, black and white; a lighthouse on a cliff in a storm, oil painting
+a hand-painted shop sign that says "FRESH BREAD"; a city street at night in the rain, neon lights
+an astronaut playing chess with a cat, watercolour; a glass teapot with blooming tea, macro
+a crowd at a summer music festival, wide angle; a tiny library with a spiral stair, isometric
+a hummingbird at a purple flower, wings blurred; a knight in worn armour under a cherry tree
+a yellow taxi before a white brick wall; a map of an imaginary island, ink on old paper
+two children running along a beach at sunset; a green sports car on a mountain pass, motion blur
+a cup of coffee beside an open notebook; a dragon made of origami paper on a desk
+an elderly woman laughing, close-up, natural light; a wooden cabin by a lake under the Milky Way
+a corgi in a raincoat jumping over a puddle; a marble statue overgrown with ivy in a ruined temple
+a robot watering plants on a balcony, pencil drawing; a plate of strawberries, still life"""
+
+
+def die(sentence: str):
+    raise SystemExit(f"flux_distill.py: {sentence}")
+
+
+def digest(value) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def keyed(*key) -> torch.Generator:
+    """A generator for each key: no draw depends on what was drawn before, or on which machine."""
+    return torch.Generator().manual_seed(int(digest(key)[:15], 16))
+
+
+def rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+@contextmanager
+def atomic(path: Path):
+    """Write to the path that this yields: it becomes `path` whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".part-{path.name}")
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic(path) as part:
+        part.write_text(text, "utf-8")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
+    text = {name: json.dumps(value) for name, value in metadata.items()} | {"format": "pt"}
+    with atomic(path) as part:
+        save_file({name: x.contiguous() for name, x in tensors.items()}, part, text)
+
+
+def read_metadata(path: Path) -> dict:
+    """What write_tensors was given; {} if there is no such file or it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            pairs = (file.metadata() or {}).items()
+            return {name: json.loads(text) for name, text in pairs if name != "format"}
+    except (OSError, ValueError, SafetensorError):
+        return {}
+
+
+def file_print(path: Path) -> list:
+    """Tells a file from another: its size and what its first 8 MiB hold."""
+    with open(path, "rb") as file:
+        return [path.stat().st_size, hashlib.sha256(file.read(2**23)).hexdigest()]
+
+
+# -------------------------------------------------------------------- the model, checked and loaded
+
+
+def locate(args: Namespace) -> Path:
+    """Folder of the model: checked to be a Flux that this machine can train, then downloaded."""
+    folder, name = Path(args.model), f"--model {args.model}"
+    get = folder.joinpath if folder.is_dir() else partial(hf_hub_download, args.model)
+    files = ("model_index.json", "transformer/config.json", "vae/config.json")
+    try:
+        index, config, vae = (json.loads(Path(get(file)).read_text()) for file in files)
+        kind, blocks = index["_class_name"], vae["block_out_channels"]
+        guided, args.channels = config.get("guidance_embeds"), config["in_channels"]
+    except hub.GatedRepoError:
+        die(f"{name} is gated: accept its licence at https://huggingface.co/{args.model}, run"
+            " `hf auth login`, and start again")  # fmt: skip
+    except (hub.RepositoryNotFoundError, hub.HFValidationError):
+        die(f"{name} is no folder here and no public model on the Hub (private: `hf auth login`)")
+    except (hub.LocalEntryNotFoundError, hub.HfHubHTTPError, ConnectionError):
+        die(f"{name} is no folder here and the Hub can't be reached: give a folder, or go online")
+    except (OSError, ValueError, KeyError, TypeError):
+        die(f"{name} is not a whole diffusers pipeline: it needs {', '.join(files)}")
+    if kind != "FluxPipeline":
+        die(f"{name} is a {kind}: this distils a FluxPipeline, FLUX.1-dev or a tune of it")
+    if not guided:
+        die(f"{name} takes no guidance: FLUX.1-schnell and its like sample in 4 steps already")
+    args.size = (args.resolution // 2 ** len(blocks),) * 2  # a token is 2 x 2 latents
+    if not args.sample:
+        check_memory(args, config)
+    return folder if folder.is_dir() else Path(FluxPipeline.download(args.model))
+
+
+def check_memory(args: Namespace, config: dict) -> None:
+    """Estimate what training takes, before anything is loaded."""
+    with torch.device("meta"):
+        net = FluxTransformer2DModel.from_config(config)
+    parameters, gpu = sum(p.numel() for p in net.parameters()), args.device == "cuda"
+    if parameters > 1e9 and not gpu:
+        die(f"--model {args.model} has {parameters / 1e9:.0f} billion parameters and there is no"
+            " GPU: use one of 48 GB or more, or try --model tests/tiny_flux here")  # fmt: skip
+    lora = args.rank * sum(sum(net.get_submodule(name).weight.shape) for name in targets(args, net))
+    blocks, width = len([*net.transformer_blocks, *net.single_transformer_blocks]), 2 if gpu else 4
+    kept = blocks + 45 if args.checkpointing else 28 * blocks  # activations a token, of its width
+    tokens = args.batch * (math.prod(args.size) + TEXT_TOKENS)
+    need = width * (parameters + tokens * kept * net.inner_dim) + lora * (6 * 4 + 2 * width)
+    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    have = torch.cuda.get_device_properties(0).total_memory if gpu else have
+    if need > have:
+        die(f"training needs about {need / 2**30:.0f} GiB of {have / 2**30:.0f} GiB; {SMALLER}")
+
+
+def load(args: Namespace, part: str) -> FluxPipeline:
+    """The stock pipeline: "text" or "image" side or "all", frozen; one is in memory at a time.
+
+    "fresh" is an image side to which nothing was done yet.
+    """
+    if args.loaded[0] == part:
+        return args.loaded[1]
+    args.loaded = (None, None)
+    free_memory()
+    texts = ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"] * (part != "all")
+    absent = dict.fromkeys(["transformer", "vae"] if part == "text" else texts)
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    try:
+        pipe = FluxPipeline.from_pretrained(args.folder, dtype=dtype, **absent).to(args.device)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        die(f"--model {args.model} can't be loaded ({type(error).__name__}): is it complete?")
+    pipe.set_progress_bar_config(disable=True)
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.requires_grad_(False).eval()
+    # With num_inference_steps alone it takes the times of sc.time_grid(steps, shift).
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+        pipe.scheduler.config, use_dynamic_shifting=False, shift=args.shift
+    )
+    args.loaded = (part, pipe)
+    return pipe
+
+
+def targets(args: Namespace, net: FluxTransformer2DModel) -> list[str]:
+    """Linear layers that get a LoRA: all, or those of --layers blocks."""
+    names = [name for name, m in net.named_modules() if isinstance(m, torch.nn.Linear)]
+    inside = [name for name in names if "transformer_blocks." in name and "norm" not in name]
+    return names if args.layers == "all" else inside
+
+
+class Adapter:
+    """One LoRA on a frozen transformer, in which sets of weights take turns; None: the teacher.
+
+    Weights are lists of float32 tensors. To load some is one copy, next to nothing beside a call.
+    """
+
+    def __init__(self, args: Namespace):
+        self.net, r = load(args, "image").transformer, args.rank
+        if not getattr(self.net, "peft_config", None):
+            torch.manual_seed(args.seed)
+            kind = dict(init_lora_weights="gaussian", target_modules=targets(args, self.net))
+            self.net.add_adapter(LoraConfig(r=r, lora_alpha=r, **kind))
+        self.params = [p for name, p in self.net.named_parameters() if ".lora_" in name]
+
+    @torch.no_grad()
+    def use(self, weights: list[Tensor] | None, scale: float = 1.0) -> None:
+        if weights is None:
+            return self.net.disable_adapters()
+        self.net.enable_adapters()
+        self.net.set_adapters("default", scale)
+        torch._foreach_copy_(self.params, weights)
+
+    def velocity(self, weights: list[Tensor] | None, size: tuple[int, int], scale: float = 1.0):
+        """Velocity of latents (B, tokens, channels), `size` their rows and columns of tokens.
+
+        A call loads its weights. No other may come between the student's call and its backward.
+        """
+        net, like = self.net, self.params[0]
+        ids = FluxPipeline._prepare_latent_image_ids(1, *size, like.device, like.dtype)
+
+        def velocity(x: Tensor, t: Tensor, *, text: Tensor, pooled: Tensor, guidance: Tensor):
+            self.use(weights, scale)
+            return net(
+                hidden_states=x.to(like.dtype), timestep=t, guidance=guidance, img_ids=ids,
+                encoder_hidden_states=text, pooled_projections=pooled,
+                txt_ids=ids.new_zeros(text.shape[1], 3),
+            ).sample.float()  # fmt: skip
+
+        return velocity
+
+    def move_gradients(self, student: list[Tensor], share: float) -> None:
+        """Add a share of the LoRA's gradients to the student's, in float32, and clear them."""
+        for weight, param in zip(student, self.params, strict=True):
+            grad = share * param.grad.float()
+            weight.grad = grad if weight.grad is None else weight.grad + grad
+            param.grad = None
+
+
+# ----------------------------------------------------------------------------------- phase 1: cache
+
+
+def read_prompts(args: Namespace) -> tuple[list[str], list[str]]:
+    """Prompts to train on, and the last --held-out different ones, which are not trained on."""
+    try:
+        text = args.prompts.read_text("utf-8-sig") if args.prompts else PROMPTS.replace("; ", "\n")
+    except (OSError, UnicodeDecodeError) as error:
+        die(f"--prompts {args.prompts} can't be read as a text file ({type(error).__name__})")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    held_out = list(dict.fromkeys(lines))[-args.held_out :]
+    train = [line for line in lines if line not in held_out]
+    if len(held_out) < args.held_out or not (train or args.images):
+        die(f"--prompts {args.prompts} has {len(set(lines))} different lines: it needs one more"
+            f" than --held-out {args.held_out}")  # fmt: skip
+    return train, held_out
+
+
+def read_images(folder: Path) -> list[tuple[Path, str]]:
+    """Images and their captions; what can't be used is named, counted and left out."""
+    kinds = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+    pairs, skipped = [], []
+    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in kinds):
+        try:
+            open_image(path, 64)
+            caption = " ".join(path.with_suffix(".txt").read_text("utf-8-sig").split())
+            pairs.append((path, caption)) if caption else skipped.append(f"{path.stem}.txt (empty)")
+        except FileNotFoundError:
+            skipped.append(f"{path.name} (no {path.stem}.txt)")
+        except UnicodeDecodeError:
+            skipped.append(f"{path.stem}.txt (not UTF-8 text)")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            skipped.append(f"{path.name} (not a readable image)")
+    if skipped:
+        print(f"skipped {len(skipped)}, kept {len(pairs)} images:", *skipped, sep="\n  ")
+    if not pairs:
+        die(f"--images {folder} has no image with a caption: NAME.png goes with NAME.txt")
+    return pairs
+
+
+def open_image(path: Path, resolution: int) -> Tensor:
+    """Picture (3, H, W) in [-1, 1], cut to the bucket of the nearest shape."""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":  # 16 bits a pixel
+            values = np.asarray(image, np.float32)
+            image = Image.fromarray((values / max(values.max(), 65535) * 255).astype(np.uint8))
+        image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    shape, buckets = math.log(image.height / image.width), generate_aspect_ratio_buckets(resolution)
+    height, width = min(buckets, key=lambda b: abs(math.log(b[0] / b[1]) - shape))
+    image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+
+
+def make_cache(args: Namespace) -> None:
+    """Phase 1: prompt embeddings and latents to --out/cache, in files of SHARD; whole ones stay."""
+    make = {"text": encode_texts, "latent": encode_images if args.images else sample_teacher}
+    for kind, count in {"text": len(args.texts), "latent": len(args.pairs)}.items():
+        for start in tqdm(range(0, count, SHARD), f"cache: {kind}s", unit="file"):
+            path, key = shard(args, kind, start), args.keys[kind]
+            if read_metadata(path).get("key") != key:
+                if path.exists():
+                    tqdm.write(f"{path} is damaged or of other data: made anew")
+                rows = range(start, min(start + SHARD, count))
+                write_tensors(path, make[kind](args, rows), {"key": key})
+
+
+def shard(args: Namespace, kind: str, i: int) -> Path:
+    return args.out / "cache" / f"{kind}-{i // SHARD:05d}.safetensors"
+
+
+def read(args: Namespace, kind: str, names: tuple, rows) -> dict[str, Tensor]:
+    """Entries of the cache, stacked."""
+    entries = {name: [] for name in names}
+    for i in rows:
+        with safe_open(shard(args, kind, i), "pt") as file:
+            for name in names:
+                entries[name].append(file.get_tensor(f"{name}.{i}"))
+    return {name: torch.stack(tensors).to(args.device) for name, tensors in entries.items()}
+
+
+@torch.no_grad()
+def encode_texts(args: Namespace, rows: range) -> dict[str, Tensor]:
+    """Embeddings of prompts: text (T, D) of T5, pooled (d,) of CLIP."""
+    pipe, tensors = load(args, "text"), {}
+    length = min(TEXT_TOKENS, pipe.tokenizer_2.model_max_length)
+    for i in rows:
+        text, pooled, _ = pipe.encode_prompt(*[args.texts[i]] * 2, max_sequence_length=length)
+        tensors |= {f"text.{i}": text[0].cpu(), f"pooled.{i}": pooled[0].cpu()}
+    return tensors
+
+
+@torch.no_grad()
+def encode_images(args: Namespace, rows: range) -> dict[str, Tensor]:
+    """Latents (rows, columns, channels) of images, normalised and packed."""
+    vae, tensors = load(args, "image").vae, {}
+    for i in rows:
+        pixels = open_image(args.pairs[i].file, args.resolution)[None].to(vae.device, vae.dtype)
+        x = vae.encode(pixels).latent_dist.mode().float().cpu() - vae.config.shift_factor
+        packed = FluxPipeline._pack_latents(x * vae.config.scaling_factor, *x.shape)
+        tensors[f"latent.{i}"] = packed.reshape(x.shape[2] // 2, x.shape[3] // 2, -1)
+    return tensors
+
+
+def sample_teacher(args: Namespace, rows: range) -> dict[str, Tensor]:
+    """Latents (rows, columns, channels) from the teacher, for a pool without images."""
+    cond = read(args, "text", ("text", "pooled"), [args.pairs[i].text for i in rows])
+    noise = noises(args, [("pool", i) for i in rows])
+    latents = sample(args, load(args, "image"), cond, noise, FINE, POOL_GUIDANCE).cpu()
+    return {f"latent.{i}": x.reshape(*args.size, -1) for i, x in zip(rows, latents)}
+
+
+def noises(args: Namespace, keys: list[tuple]) -> Tensor:
+    """Noise (B, tokens, channels), a draw for each key."""
+    shape = (math.prod(args.size), args.channels)
+    draws = [torch.randn(shape, generator=keyed(args.seed, *key)) for key in keys]
+    return torch.stack(draws).to(args.device)
+
+
+def sample(args: Namespace, pipe, cond: dict, noise: Tensor, steps: int, guidance: float) -> Tensor:
+    """Latents (B, tokens, channels) from the stock pipeline, --batch at a time, float32."""
+    (height, width), latents = (n * 2 * pipe.vae_scale_factor for n in args.size), []
+    for i in range(0, len(noise), args.batch):
+        rows = slice(i, i + args.batch)
+        latents += pipe(
+            prompt_embeds=cond["text"][rows], pooled_prompt_embeds=cond["pooled"][rows],
+            height=height, width=width, latents=noise[rows], num_inference_steps=steps,
+            guidance_scale=guidance, output_type="latent",
+        ).images.float()  # fmt: skip
+    return torch.stack(latents)
+
+
+# ----------------------------------------------------------------------------------- phase 2: train
+
+
+class Validation:
+    """Held-out prompts and noises, on which the teacher's answers are kept."""
+
+    def __init__(self, args: Namespace, adapter: Adapter):
+        self.args, self.adapter = args, adapter
+        rows = [(i, k) for k in range(args.noises) for i in args.validation]
+        self.noise = noises(args, [("validation", *row) for row in rows])
+        self.cond = read(args, "text", ("text", "pooled"), [i for i, _ in rows])
+        self.cond["guidance"] = torch.full((len(rows),), args.guidance, device=args.device)
+        teacher = adapter.velocity(None, args.size)
+        self.teachers = {n: remember(teacher) for n in args.steps}  # a memory for each grid
+        self.fine, self.coarse = (self.end(teacher, n) for n in (FINE, args.student_steps))
+
+    def times(self, steps: int) -> Tensor:
+        return sc.time_grid(steps, self.args.shift).to(self.args.device)
+
+    def end(self, velocity, steps: int) -> Tensor:
+        return sc.euler_sample(velocity, self.noise, self.times(steps), **self.cond)
+
+    def lam(self, weights: list[Tensor], steps: int) -> float:
+        velocities = self.adapter.velocity(weights, self.args.size), self.teachers[steps]
+        return sc.optimal_scale(*velocities, self.noise, self.times(steps), **self.cond).item()
+
+    def search(self, weights: list[Tensor], steps: int) -> tuple[float, float]:
+        """Least distance to where FINE steps end, and its scale, within 40 % of lam*."""
+        guess, tries = min(max(self.lam(weights, steps), 0.1), 5.0), []
+        for scale in np.linspace(0.6 * guess, 1.4 * guess, 9).round(3).tolist():
+            student = self.adapter.velocity(weights, self.args.size, scale)
+            tries.append((rms(self.end(student, steps) - self.fine), scale))
+        return min(tries)
+
+    def report(self, weights: list[Tensor], iteration: int) -> dict[str, float]:
+        """lam* and distances to where FINE steps of the teacher end, for the log; a picture."""
+        args, N, texts = self.args, self.args.student_steps, self.args.validation
+        ends = [self.coarse, self.end(self.adapter.velocity(weights, args.size), N), self.fine]
+        pictures = [decode(load(args, "image"), x[: len(texts)], args.size) for x in ends]
+        draw(args, dict(zip(row_names(N), pictures)), texts, f"validation/{iteration:06d}.png")
+        lams = {f"lam_{n}": self.lam(weights, n) for n in args.watched}
+        return lams | {"teacher_rmse": rms(ends[0] - ends[2]), "rmse": rms(ends[1] - ends[2])}
+
+
+def remember(velocity):
+    """The same velocity with a memory by time, for calls that repeat with the same x and cond."""
+    answers = {}
+
+    def remembered(x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+        if (key := t[0].item()) not in answers:
+            answers[key] = velocity(x, t, **cond)
+        return answers[key]
+
+    return remembered
+
+
+def verdict(args: Namespace, row: dict[str, float]) -> str:
+    """In words, whether the student learned."""
+    N, lam = args.student_steps, row[f"lam_{args.student_steps}"]
+    distances = (f"in {N} steps the student ends {row['rmse']:.3f} from the teacher's {FINE} steps,"
+                 f" the teacher itself {row['teacher_rmse']:.3f}")  # fmt: skip
+    if not row["rmse"] < 0.98 * row["teacher_rmse"]:
+        return f"ALARM, inert student: {distances}; train longer or with a higher --learning-rate"
+    if lam < 0.8:
+        return f"ALARM, overshot: lam* is {lam:.2f}; {distances}; use its scale, or train shorter"
+    return distances
+
+
+def draw_batch(args: Namespace, pool: dict, generator: torch.Generator):
+    """Latents and noise (B, tokens, channels) of one size, this size, and the conditions."""
+    sizes, shares = list(pool), torch.tensor([float(len(pairs)) for pairs in pool.values()])
+    size = sizes[torch.multinomial(shares, 1, generator=generator)]
+    rows = torch.randint(len(pool[size]), (args.batch,), generator=generator)
+    texts, latents = zip(*(pool[size][row] for row in rows))
+    x_0, cond = torch.stack(latents), read(args, "text", ("text", "pooled"), texts)
+    noise = torch.randn(x_0.shape, generator=generator)
+    cond["guidance"] = (MAX_GUIDANCE * torch.rand(args.batch, generator=generator)).to(args.device)
+    return x_0.to(args.device), noise.to(args.device), size, cond
+
+
+def train(args: Namespace) -> None:
+    """Phase 2: the four velocities meet here, as in toy_2d.py, over one frozen transformer."""
+    adapter, config, N, rows = Adapter(args), args.config, args.student_steps, []
+    student = [p.detach().float().clone() for p in adapter.params]
+    fast, slow = ([w.clone() for w in student] for _ in range(2))
+    optimizer = torch.optim.AdamW(student, args.learning_rate, weight_decay=1e-4)
+    sets = {"student": student, "fast": fast, "slow": slow}
+    free, need = shutil.disk_usage(args.out).free / 1e9, 40e-9 * sum(w.numel() for w in student)
+    if args.state.exists():
+        rows, done = load_state(args, sets, optimizer)
+        if done:
+            return
+    elif free < need:  # five float32 numbers a weight, in the old and in the new file
+        die(f"checkpoints need {need:.1f} GB and --out {args.out} has {free:.1f}: give --out on"
+            " another disk, or a smaller --rank")  # fmt: skip
+    if args.checkpointing:
+        adapter.net.enable_gradient_checkpointing()
+    pool, validation = {}, Validation(args, adapter)
+    for i, pair in enumerate(args.pairs):
+        latent = read(args, "latent", ("latent",), [i])["latent"][0].cpu()
+        pool.setdefault(latent.shape[:2], []).append((pair.text, latent.flatten(0, 1)))
+    span = range(len(rows) + 1, args.iterations + 1)
+    bar = tqdm(span, "train", initial=len(rows), total=args.iterations)
+    with interruptible() as asked:
+        for iteration in bar:
+            row = {"iteration": iteration}
+            for micro in range(args.accumulate):
+                generator = keyed(args.seed, "train", iteration, micro)
+                x_0, noise, size, cond = draw_batch(args, pool, generator)
+                windows = sc.sample_windows(config, args.batch, generator=generator)
+                # Targets first, the student last: its weights must stay for the backward.
+                loss, log = sc.shortcut_loss(
+                    config, windows, x_0, noise, teacher=adapter.velocity(None, size),
+                    fast=adapter.velocity(fast, size), slow=adapter.velocity(slow, size),
+                    student=adapter.velocity(student, size), **cond,
+                )  # fmt: skip
+                loss.backward()
+                adapter.move_gradients(student, 1 / args.accumulate)
+                for name, value in {"loss": loss, **log}.items():
+                    row[name] = row.get(name, 0.0) + value.item() / args.accumulate
+            norm = torch.nn.utils.clip_grad_norm_(student, 10.0).item()
+            if not math.isfinite(row["loss"] + norm):
+                die(f"iteration {iteration}: loss {row['loss']}, gradient norm {norm}. Stopped, the"
+                    " last checkpoint is kept; try a lower --learning-rate or a longer --warmup"
+                    " in another --out")  # fmt: skip
+            rate = args.learning_rate * min(1, iteration / max(1, args.warmup))
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+            sc.update_ema(fast, student, config.fast_decay)
+            sc.update_ema(slow, student, config.slow_decay)
+            rows.append(row | {"gradient_norm": norm, "learning_rate": rate})
+            done = iteration == args.iterations
+            if done or iteration % args.validate_every == 0:
+                rows[-1] |= validation.report(student, iteration)
+                bar.set_postfix({f"lam*({N})": f"{rows[-1][f'lam_{N}']:.2f}"})
+                if 2 * iteration >= args.iterations and "ALARM" in verdict(args, rows[-1]):
+                    tqdm.write(f"iteration {iteration}: {verdict(args, rows[-1])}")
+                done |= args.stop_when_matched and matched([r.get(f"lam_{N}") for r in rows])
+                write_log(args, rows)
+            if done or asked or iteration % args.checkpoint_every == 0:
+                save_state(args, sets, optimizer, rows, done)
+            if done:
+                return
+            if asked:
+                die(f"stopped after iteration {iteration}; the same command goes on from there")
+
+
+@contextmanager
+def interruptible():
+    """A list that Ctrl-C or SIGTERM fills, instead of ending the process amid an iteration."""
+    asked, kinds = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(kind, lambda *_: asked.append(True)) for kind in kinds]
+    try:
+        yield asked
+    finally:
+        for kind, handler in zip(kinds, before):
+            signal.signal(kind, handler)
+
+
+def matched(lams: list[float | None]) -> bool:
+    """lam* is at most 1.05, or its mean over five validations fell by less than 1 % in five."""
+    lams = [lam for lam in lams if lam is not None]
+    stalled = len(lams) >= 10 and sum(lams[-5:]) > 0.99 * sum(lams[-10:-5])
+    return 0 < lams[-1] <= 1.05 or stalled
+
+
+def save_state(args: Namespace, sets: dict, optimizer, rows: list[dict], done: bool) -> None:
+    """All that training goes on from, in one file: it is replaced whole or not at all."""
+    moments = [optimizer.state[w] for w in sets["student"]]
+    lists = sets | {k: [state[k] for state in moments] for k in MOMENTS}
+    tensors = {f"{name}.{i}": x for name, xs in lists.items() for i, x in enumerate(xs)}
+    write_tensors(args.state, tensors, {"settings": args.settings, "rows": rows, "done": done})
+
+
+def load_state(args: Namespace, sets: dict, optimizer) -> tuple[list[dict], bool]:
+    """Rows of the log, and whether training is done; weights and optimizer are filled in place."""
+    metadata = read_metadata(args.state)
+    with safe_open(args.state, "pt", args.device) as file:
+        count = range(len(sets["student"]))
+        saved = {k: [file.get_tensor(f"{k}.{i}") for i in count] for k in (*sets, *MOMENTS)}
+        for name, weights in sets.items():
+            torch._foreach_copy_(weights, saved[name])
+        step = torch.tensor(float(len(metadata["rows"])))
+        for w, m, v in zip(sets["student"], *(saved[k] for k in MOMENTS)):
+            optimizer.state[w] = dict(zip(("step", *MOMENTS), (step.clone(), m, v)))
+    return metadata["rows"], metadata["done"]
+
+
+def write_log(args: Namespace, rows: list[dict]) -> None:
+    """log.csv, and training.png: losses, residual and lam* over the iterations."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, *([row.get(name, "") for name in names] for row in rows)]
+    write_text(args.out / "log.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
+    lams = [f"lam_{n}" for n in args.watched]
+    panels = {"loss": ["teacher_loss", "self_loss"], "|student - target| / |target|": ["residual"]}
+    panels["lam*; 1: matched, less: overshot"] = lams
+    figure, span = Figure((13, 3.8), layout="constrained"), max(1, len(rows) // 40)
+    for axis, (title, names) in zip(figure.subplots(1, 3), panels.items()):
+        for name in names:
+            kept = [r for r in rows if math.isfinite(r.get(name, math.nan))]
+            few = [kept[i : i + (1 if names is lams else span)] for i in range(0, len(kept), span)]
+            y = [sum(r[name] for r in some) / len(some) for some in few]
+            axis.plot([some[-1]["iteration"] for some in few], y, ".-", label=name)
+        axis.set(title=title, xlabel="iteration", yscale="log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.legend(frameon=False)
+    axis.axhline(1, color="black", lw=0.8)
+    save_figure(figure, args.out / "training.png")
+
+
+# -------------------------------------------------------------------- phases 3 and 4: what came out
+
+
+def calibrate(args: Namespace) -> None:
+    """Phase 3: a scale for each number of steps; save the student or its slow average as adapter.
+
+    All on validation prompts and noises. The one that ends nearer to the teacher is saved.
+    """
+    adapter, N, rows = Adapter(args), args.student_steps, read_metadata(args.state)["rows"]
+    with safe_open(args.state, "pt", args.device) as file:
+        sets = {k: [file.get_tensor(f"{k}.{i}") for i in range(len(adapter.params))]
+                for k in ("student", "slow")}  # fmt: skip
+    validation = Validation(args, adapter)
+    name = min(sets, key=lambda name: validation.search(sets[name], N))
+    scales = {n: validation.search(sets[name], n)[1] for n in tqdm(args.steps, "calibrate")}
+    metadata = {
+        "base_model": args.base_model, "student_steps": N, "scales": scales, "shift": args.shift,
+        "resolution": args.resolution, "guidance": args.guidance, "rank": args.rank,
+        "max_sequence_length": validation.cond["text"].shape[1], "iterations": len(rows),
+        "weights": {"slow": "slow average of the student"}.get(name, name),
+        "note": verdict(args, validation.report(sets[name], len(rows))),
+        "settings": args.settings, "key": args.keys["calibrate"],
+    }  # fmt: skip
+    adapter.use(sets[name], scales[N])
+    check = {"latents": check_latents(args, load(args, "image"))}
+    write_tensors(args.check, check, {"key": args.keys["calibrate"]})
+    FluxPipeline.save_lora_weights(
+        args.out, get_peft_model_state_dict(adapter.net),
+        save_function=lambda tensors, path: write_tensors(Path(path), tensors, metadata),
+    )  # fmt: skip
+
+
+def check_latents(args: Namespace, pipe: FluxPipeline) -> Tensor:
+    """What a pipeline makes of one held-out prompt in the student's number of steps."""
+    cond = read(args, "text", ("text", "pooled"), args.validation[:1])
+    return sample(args, pipe, cond, noises(args, [("check",)]), args.student_steps, args.guidance)
+
+
+def load_student(args: Namespace, part: str) -> tuple[FluxPipeline, dict]:
+    """A stock pipeline with the saved adapter at its recommended scale, and what its file says."""
+    if not (adapter := read_metadata(args.out / LORA)):
+        die(f"there is no whole {LORA} in --out {args.out}: distil first, without --sample")
+    pipe = load(args, part)
+    pipe.load_lora_weights(args.out, weight_name=LORA, adapter_name="student")
+    adapter["scales"] = {int(n): scale for n, scale in adapter["scales"].items()}
+    pipe.set_adapters("student", adapter["scales"][adapter["student_steps"]])
+    return pipe, adapter
+
+
+def compare(args: Namespace) -> dict:
+    """Phase 4: a stock pipeline with the saved file against the teacher, on held-out prompts."""
+    (pipe, adapter), N = load_student(args, "fresh"), args.student_steps
+    with safe_open(args.check, "pt", args.device) as file:
+        expected = file.get_tensor("latents")
+    check = rms(check_latents(args, pipe) - expected) / rms(expected)
+    if not check < (1e-2 if args.device == "cuda" else 1e-5):
+        die(f"self-check failed: in a fresh pipeline {args.out / LORA} gives other latents than"
+            f" in training, by {check:.1e} of their size; do not use it")  # fmt: skip
+    keys = [(i, k) for k in range(args.noises) for i in args.comparison]
+    noise = noises(args, [("compare", *key) for key in keys])
+    cond = read(args, "text", ("text", "pooled"), [i for i, _ in keys])
+
+    def run(steps: int, scale: float) -> tuple[Tensor, Tensor]:
+        pipe.enable_lora() if scale else pipe.disable_lora()
+        if scale:
+            pipe.set_adapters("student", scale)
+        latents = sample(args, pipe, cond, noise, steps, args.guidance)
+        return latents, decode(pipe, latents, args.size)
+
+    (fine, pictures), table, shown = run(FINE, 0), [], {}
+    scales = {"teacher": dict.fromkeys(args.steps, 0), "student": dict.fromkeys(args.steps, 1)}
+    scales["student, scaled"] = adapter["scales"]
+    for name, n in tqdm([(name, n) for name in scales for n in args.steps], "compare"):
+        latents, pixels = run(n, scales[name][n])
+        error = (pixels - pictures).square().mean((1, 2, 3)).clamp(min=1e-10)
+        row = {"sampler": name, "steps": n, "scale": scales[name][n], "rmse": rms(latents - fine)}
+        table.append(row | {"psnr": -10 * error.log10().mean().item()})
+        shown[name, n] = pixels
+    rows = dict(zip(row_names(N), (shown["teacher", N], shown["student, scaled", N], pictures)))
+    draw(args, rows, args.comparison[:8], "comparison.png")
+    results = {"table": table, "noises": len(keys), "self_check": check, "adapter": adapter}
+    results |= {"seed_to_seed": rms(fine - fine.roll(len(args.comparison), 0))}
+    write_text(args.out / "README.md", card(args, results))
+    results["key"] = args.keys["compare"]
+    write_text(args.out / "results.json", json.dumps(results, indent=1) + "\n")
+    return results
+
+
+@torch.no_grad()
+def decode(pipe: FluxPipeline, latents: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pictures (B, H, W, 3) in [0, 1], one at a time through the VAE."""
+    vae, factor, pictures = pipe.vae, pipe.vae_scale_factor, []
+    for x in latents.split(1):
+        x = pipe._unpack_latents(x, *(n * 2 * factor for n in size), factor)
+        x = (x / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
+        pictures.append(vae.decode(x).sample.float().cpu())
+    return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+
+
+def row_names(steps: int) -> list[str]:
+    return [f"teacher\n{steps} steps", f"student\n{steps} steps", f"teacher\n{FINE} steps"]
+
+
+def draw(args: Namespace, rows: dict[str, Tensor], texts: list[int], name: str) -> None:
+    """Rows of pictures (B, H, W, 3), a column for each prompt."""
+    figure = Figure((1.7 * len(texts) + 0.7, 1.7 * len(rows) + 0.5), layout="constrained")
+    grid = figure.subplots(len(rows), len(texts), squeeze=False)
+    for axes, (label, pictures) in zip(grid, rows.items()):
+        for axis, picture in zip(axes, pictures):
+            axis.imshow(picture, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+        axes[0].set_ylabel(label)
+    for axis, i in zip(grid[0], texts):
+        axis.set_title(textwrap.fill(args.texts[i][:72], 24), fontsize=8)
+    save_figure(figure, args.out / name)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    with atomic(path) as part:
+        figure.savefig(part, format="png", dpi=110)
+
+
+def markdown(results: dict) -> str:
+    """The table: RMSE of latents / PSNR of pictures."""
+    cells = {(row["sampler"], row["steps"]): row for row in results["table"]}
+    names, steps = (list(dict.fromkeys(column)) for column in zip(*cells))
+    lines = [["Euler steps", *map(str, steps)], ["---"] * (1 + len(steps))]
+    for name in names:
+        row = [cells[name, n] for n in steps]
+        lines.append([name, *(f"{cell['rmse']:.3f} / {cell['psnr']:.1f}" for cell in row)])
+    lines.append(["its scale", *(f"{cell['scale']:.2f}" for cell in row)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+CARD = """---
+base_model: {base_model}
+base_model_relation: adapter
+library_name: diffusers
+pipeline_tag: text-to-image
+license: other
+license_name: {license_name}
+tags: [flux, lora, few-step, distillation]
+---
+# {base_model} in {student_steps} steps
+
+A LoRA of rank {rank}, made by SCFM ([arXiv 2510.17858](https://arxiv.org/abs/2510.17858)). As an
+adapter of {base_model} it inherits that model's licence.
+
+![Teacher in {student_steps} steps, student in {student_steps}, teacher in {fine}](comparison.png)
+
+*Same noise in each column; prompts that were not trained on, not selected.*
+
+```python
+pipe = FluxPipeline.from_pretrained("{base_model}", dtype=torch.{dtype})
+pipe.load_lora_weights("{out}", weight_name="{lora}", adapter_name="scfm")
+pipe.set_adapters("scfm", {scale})
+pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+    pipe.scheduler.config, use_dynamic_shifting=False, shift={shift})
+image = pipe("PROMPT", num_inference_steps={student_steps}, guidance_scale={guidance},
+             height={resolution}, width={resolution},
+             max_sequence_length={max_sequence_length}).images[0]
+```
+
+with `import torch` and `from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline`.
+Scale for each number of steps: {scales}.
+
+## Measured
+
+RMSE of latents / PSNR of pictures (dB) to {fine} steps of the teacher, {noises} noises, held-out
+prompts. Two seeds of the teacher are {seed_to_seed:.3f} apart. Scaled: by the last row.
+
+{table}
+
+Saved: the {weights}, after {iterations} iterations. On the validation prompts, at scale 1,
+{note}. A fresh diffusers pipeline with the file repeats the latents of training
+to {self_check:.0e} of their size; other tools are untested.
+
+## Settings
+
+{list}
+"""
+
+
+def card(args: Namespace, results: dict) -> str:
+    """The model card."""
+    adapter, dev = results["adapter"], "flux.1-dev" in args.base_model.lower()
+    scales = ", ".join(f"{n}: {scale}" for n, scale in adapter["scales"].items())
+    settings = "\n".join(f"- {name}: {value}" for name, value in adapter["settings"].items())
+    return CARD.format(**results | adapter | {
+        "scale": adapter["scales"][adapter["student_steps"]], "scales": scales, "list": settings,
+        "license_name": "flux-1-dev-non-commercial-license" if dev else "that-of-the-base-model",
+        "dtype": "bfloat16" if args.device == "cuda" else "float32", "table": markdown(results),
+        "lora": LORA, "fine": FINE, "out": args.out.name,
+    })  # fmt: skip
+
+
+def render(args: Namespace) -> None:
+    """--sample: pictures of prompts by the saved adapter, as its card recommends."""
+    pipe, adapter = load_student(args, "all")
+    for i, prompt in enumerate(args.sample):
+        image = pipe(
+            prompt, num_inference_steps=adapter["student_steps"],
+            guidance_scale=adapter["guidance"], height=adapter["resolution"],
+            width=adapter["resolution"], max_sequence_length=adapter["max_sequence_length"],
+            generator=keyed(args.seed, "sample", i),
+        ).images[0]  # fmt: skip
+        name = "".join(c if c.isalnum() else "-" for c in prompt)[:60]
+        with atomic(path := args.out / "samples" / f"{i:02d}-{name}.png") as part:
+            image.save(part, "png")
+        print(path)
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+class Help(ArgumentDefaultsHelpFormatter, RawFormatter):
+    pass
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=Help)
+    # fmt: off
+    add = parser.add_argument_group("what").add_argument
+    add("--model", default=FLUX, help="a FluxPipeline: name on the Hub, or folder")
+    add("--images", type=Path, metavar="DIR", help="train on these, with captions in NAME.txt")
+    add("--prompts", type=Path, metavar="FILE",
+        help="one a line; without --images the teacher makes what is trained on; none: 24 built-in")
+    add("--held-out", type=int, default=12, metavar="K",
+        help="never train on the last K prompts: a third validates, the rest compares")
+    add("--noises", type=int, default=2, metavar="K", help="for each of those")
+    add("--limit", type=int, default=0, metavar="K", help="train on the first K pairs; 0: all")
+    add("--resolution", type=int, default=512, help="pixels, a multiple of 16")
+    add("--out", type=Path, default=Path("flux_out"), help="folder for all that is written")
+    add("--sample", nargs="+", metavar="PROMPT", help="only render these, by the adapter in --out")
+    add = parser.add_argument_group("method").add_argument
+    add("--student-steps", type=int, default=3, metavar="N", help="step count to build for")
+    add("--paper", action="store_true", help="the paper's windows and share, whatever N is")
+    add("--shift-range", type=float, nargs=2, default=(2.5, 4.5), metavar=("LOW", "HIGH"),
+        help="of the time shift in training")
+    add("--shift", type=float, default=3.0, help="time shift of sampling: calibrate and compare")
+    add("--guidance", type=float, default=3.5, help="of sampling; training draws it from [0, 8]")
+    add = parser.add_argument_group("training").add_argument
+    add("--iterations", type=int, default=3000, help="optimizer steps")
+    add("--batch", type=int, default=8, help="pairs in a pass through the network")
+    add("--accumulate", type=int, default=1, metavar="K", help="passes in an optimizer step")
+    add("--learning-rate", type=float, default=2e-5, help="of AdamW")
+    add("--warmup", type=int, default=0, metavar="K", help="iterations until the rate is reached")
+    add("--rank", type=int, default=64, help="of the LoRA")
+    add("--layers", choices=("all", "blocks"), default="all",
+        help="linear layers with a LoRA; blocks: attention and feed-forward")
+    add("--no-checkpointing", action="store_false", dest="checkpointing",
+        help="keep activations: a fifth faster, several times the memory")
+    add("--seed", type=int, default=0, help="of all that is drawn")
+    add = parser.add_argument_group("while it runs").add_argument
+    add("--validate-every", type=int, default=100, metavar="K", help="iterations")
+    add("--checkpoint-every", type=int, default=100, metavar="K", help="iterations")
+    add("--stop-when-matched", action="store_true", help="end at lam* of 1.05, or when it stalls")
+    # fmt: on
+    args = parser.parse_args(argv)
+    for name in ("held_out", "noises", "resolution", "iterations", "batch", "accumulate", "rank",
+                 "validate_every", "checkpoint_every"):  # fmt: skip
+        if (value := getattr(args, name)) < 1:
+            parser.error(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if min(args.limit, args.warmup) < 0 or not 0 < args.learning_rate < 1 or not args.shift > 0:
+        parser.error("--limit and --warmup must be >= 0, --shift > 0, --learning-rate in (0, 1)")
+    if args.resolution % 16:
+        near = 16 * max(1, round(args.resolution / 16))
+        parser.error(f"--resolution {args.resolution} must be a multiple of 16: {near} is near")
+    if args.images and not args.images.is_dir():
+        parser.error(f"--images {args.images} is no folder")
+    # The slow average remembers a tenth of the run at most, the fast one a fiftieth.
+    slow, fast = (max(0.0, 1 - k / args.iterations) for k in (10, 50))
+    decays = dict(slow_decay=min(0.999, slow), fast_decay=min(0.99, fast))
+    steps = {} if args.paper else {"student_steps": args.student_steps, "teacher_ratio": None}
+    try:
+        args.config = sc.ShortcutConfig(shift_range=args.shift_range, **decays, **steps)
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return args
+
+
+def prepare(args: Namespace) -> None:
+    """Find model and data, and what identifies the result of each phase."""
+    args.device, args.loaded = "cuda" if torch.cuda.is_available() else "cpu", (None, None)
+    args.state = args.out / "checkpoint" / "state.safetensors"
+    args.check = args.out / "checkpoint" / "check.safetensors"
+    args.steps, args.watched = (sorted({*ns, args.student_steps}) for ns in (STEPS, WATCHED))
+    args.base_model = Path(args.model).name if Path(args.model).is_absolute() else args.model
+    args.folder = locate(args)
+    if args.sample:
+        return
+    prompts, held_out = read_prompts(args)
+    pairs = read_images(args.images) if args.images else [(None, prompt) for prompt in prompts]
+    pairs = pairs[: args.limit or None]
+    args.texts = list(dict.fromkeys([*held_out, *(caption for _, caption in pairs)]))
+    args.pairs = [Namespace(file=file, text=args.texts.index(text)) for file, text in pairs]
+    third = max(1, len(held_out) // 3)
+    args.validation = list(range(third))
+    args.comparison = list(range(third, len(held_out))) or args.validation
+    files = sorted(p for p in args.folder.rglob("*") if p.suffix in (".json", ".safetensors"))
+    model = digest([[str(p.relative_to(args.folder)), file_print(p)] for p in files])
+    data = digest([[caption, file and file_print(file)] for file, caption in pairs])
+    names = """resolution student_steps paper shift_range iterations batch accumulate learning_rate
+               warmup rank layers seed stop_when_matched"""
+    args.settings = {"model": model, "data": data} | {k: getattr(args, k) for k in names.split()}
+    args.settings = json.loads(json.dumps(args.settings))  # as it will be read
+    args.keys = {
+        "text": digest([model, args.texts]),
+        "latent": digest([model, data, args.resolution, args.seed]),
+        "calibrate": digest([args.settings, args.shift, args.guidance, held_out, args.noises]),
+    }  # fmt: skip
+    args.keys["compare"] = digest(["compare", args.keys["calibrate"]])
+    for path in (args.state, args.out / LORA):
+        if path.exists():
+            found = read_metadata(path).get("settings")
+            if not found:
+                die(f"{path} is damaged: delete it to make it anew, or give another --out")
+            wrong = [k for k, value in args.settings.items() if found.get(k) != value]
+            if wrong:
+                change = "; ".join(f"{k} {found.get(k)}, now {args.settings[k]}" for k in wrong)
+                die(f"--out {args.out} holds a run of other settings ({change}): repeat them, give"
+                    " another --out, or delete it")  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    try:
+        prepare(args)
+        if args.sample:
+            return render(args)
+        made = [read_metadata(path).get("key") for path in (args.out / LORA, args.check)]
+        path = args.out / "results.json"
+        results = json.loads(path.read_text()) if path.exists() else {}
+        if made != [args.keys["calibrate"]] * 2:
+            make_cache(args)
+            train(args)
+            calibrate(args)
+        if results.get("key") != args.keys["compare"]:
+            make_cache(args)
+            compare(args)
+            results = json.loads(path.read_text())
+    except torch.OutOfMemoryError:
+        die(f"out of GPU memory; {SMALLER}. What is done is kept")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        die(f"the disk of --out {args.out} is full: free some space, the same command goes on")
+    print(f"RMSE of latents / PSNR of pictures to {FINE} steps of the teacher, held-out prompts:")
+    print(markdown(results), results["adapter"]["note"], sep="\n")
+    print(f"adapter, model card (README.md), pictures and tables in {args.out}/")
+
+
+if __name__ == "__main__":
+    main()
