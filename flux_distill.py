@@ -17,9 +17,9 @@ import os
 import shutil
 import signal
 import textwrap
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from argparse import RawDescriptionHelpFormatter as RawFormatter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -28,12 +28,14 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises packages that Flux needs not
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # they advise packages that Flux needs not
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.training_utils import free_memory, generate_aspect_ratio_buckets
 from huggingface_hub import errors as hub
 from huggingface_hub import hf_hub_download
@@ -45,10 +47,10 @@ FLUX = "black-forest-labs/FLUX.1-dev"
 LORA = "pytorch_lora_weights.safetensors"
 FINE = 32  # steps of the teacher that stand for all of its quality
 STEPS, WATCHED = (2, 3, 4, 6, 8), (2, 3, 4, 8)  # calibrated and compared; logged while training
+TEXT_SIDE = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 TEXT_TOKENS = 256  # of T5, or fewer where its tokenizer's longest text is shorter
 MAX_GUIDANCE, POOL_GUIDANCE = 8.0, 3.5  # training draws it from [0, 8]; for what the teacher draws
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
-SHARD = 32  # prompts or latents in a file of the cache
 SMALLER = """what helps, in this order: gradient checkpointing (no --no-checkpointing), --batch 4 \
 --accumulate 2 (down to --batch 1), --rank 16, --layers blocks, --resolution 256"""
 PROMPTS = """a red fox asleep in fresh snow, soft morning light; a bowl of ramen, seen from above
@@ -107,7 +109,7 @@ def write_text(path: Path, text: str) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
     text = {name: json.dumps(value) for name, value in metadata.items()} | {"format": "pt"}
     with atomic(path) as part:
-        save_file({name: x.contiguous() for name, x in tensors.items()}, part, text)
+        save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, part, text)
 
 
 def read_metadata(path: Path) -> dict:
@@ -185,15 +187,15 @@ def load(args: Namespace, part: str) -> FluxPipeline:
         return args.loaded[1]
     args.loaded = (None, None)
     free_memory()
-    texts = ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"] * (part != "all")
-    absent = dict.fromkeys(["transformer", "vae"] if part == "text" else texts)
+    absent = {"text": ("transformer", "vae"), "all": ()}.get(part, TEXT_SIDE)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     try:
-        pipe = FluxPipeline.from_pretrained(args.folder, dtype=dtype, **absent).to(args.device)
+        pipe = FluxPipeline.from_pretrained(args.folder, dtype=dtype, **dict.fromkeys(absent))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         die(f"--model {args.model} can't be loaded ({type(error).__name__}): is it complete?")
+    pipe.to(args.device)
     pipe.set_progress_bar_config(disable=True)
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
@@ -265,22 +267,23 @@ class Adapter:
 
 
 def read_prompts(args: Namespace) -> tuple[list[str], list[str]]:
-    """Prompts to train on, and the last --held-out different ones, which are not trained on."""
+    """All prompts, and the last --held-out different ones, which are not trained on."""
     try:
         text = args.prompts.read_text("utf-8-sig") if args.prompts else PROMPTS.replace("; ", "\n")
     except (OSError, UnicodeDecodeError) as error:
         die(f"--prompts {args.prompts} can't be read as a text file ({type(error).__name__})")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     held_out = list(dict.fromkeys(lines))[-args.held_out :]
-    train = [line for line in lines if line not in held_out]
-    if len(held_out) < args.held_out or not (train or args.images):
+    if len(set(lines)) < args.held_out + (not args.images):
         die(f"--prompts {args.prompts} has {len(set(lines))} different lines: it needs one more"
             f" than --held-out {args.held_out}")  # fmt: skip
-    return train, held_out
+    return lines, held_out
 
 
 def read_images(folder: Path) -> list[tuple[Path, str]]:
     """Images and their captions; what can't be used is named, counted and left out."""
+    if not folder.is_dir():
+        die(f"--images {folder} is no folder")
     kinds = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
     pairs, skipped = [], []
     for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in kinds):
@@ -302,7 +305,7 @@ def read_images(folder: Path) -> list[tuple[Path, str]]:
 
 
 def open_image(path: Path, resolution: int) -> Tensor:
-    """Picture (3, H, W) in [-1, 1], cut to the bucket of the nearest shape."""
+    """Picture (1, 3, H, W) in [-1, 1], cut to the bucket of the nearest shape."""
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # 16 bits a pixel
@@ -313,65 +316,66 @@ def open_image(path: Path, resolution: int) -> Tensor:
     shape, buckets = math.log(image.height / image.width), generate_aspect_ratio_buckets(resolution)
     height, width = min(buckets, key=lambda b: abs(math.log(b[0] / b[1]) - shape))
     image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+    return VaeImageProcessor(do_resize=False).preprocess(image)
 
 
 def make_cache(args: Namespace) -> None:
-    """Phase 1: prompt embeddings and latents to --out/cache, in files of SHARD; whole ones stay."""
-    make = {"text": encode_texts, "latent": encode_images if args.images else sample_teacher}
-    for kind, count in {"text": len(args.texts), "latent": len(args.pairs)}.items():
-        for start in tqdm(range(0, count, SHARD), f"cache: {kind}s", unit="file"):
-            path, key = shard(args, kind, start), args.keys[kind]
-            if read_metadata(path).get("key") != key:
-                if path.exists():
-                    tqdm.write(f"{path} is damaged or of other data: made anew")
-                rows = range(start, min(start + SHARD, count))
-                write_tensors(path, make[kind](args, rows), {"key": key})
+    """Phase 1: prompt embeddings and latents to --out/cache, a file each; whole ones stay.
+
+    A batch is always made of the same entries: its rounding depends on all of them.
+    """
+    make = {"text": encode_text, "latent": encode_image if args.images else sample_teacher}
+    for kind, keys in args.keys.items():
+        for start in tqdm(range(0, len(keys), args.batch), f"cache: {kind}s", unit="batch"):
+            rows = range(len(keys))[start : start + args.batch]
+            paths = [entry(args, kind, i) for i in rows]
+            bad = [p for p, i in zip(paths, rows) if read_metadata(p).get("key") != keys[i]]
+            for path in filter(Path.exists, bad):
+                tqdm.write(f"{path} is damaged: made anew")
+            for path, i, tensors in zip(paths, rows, make[kind](args, rows)) if bad else ():
+                if path in bad:
+                    write_tensors(path, tensors, {"key": keys[i]})
 
 
-def shard(args: Namespace, kind: str, i: int) -> Path:
-    return args.out / "cache" / f"{kind}-{i // SHARD:05d}.safetensors"
+def entry(args: Namespace, kind: str, i: int) -> Path:
+    """File of the cache; its name tells what it was made from."""
+    return args.out / "cache" / f"{kind}-{args.keys[kind][i]}.safetensors"
 
 
-def read(args: Namespace, kind: str, names: tuple, rows) -> dict[str, Tensor]:
+def read(args: Namespace, kind: str, rows) -> dict[str, Tensor]:
     """Entries of the cache, stacked."""
-    entries = {name: [] for name in names}
-    for i in rows:
-        with safe_open(shard(args, kind, i), "pt") as file:
-            for name in names:
-                entries[name].append(file.get_tensor(f"{name}.{i}"))
-    return {name: torch.stack(tensors).to(args.device) for name, tensors in entries.items()}
+    entries = [load_file(entry(args, kind, i), args.device) for i in rows]
+    return {name: torch.stack([e[name] for e in entries]) for name in entries[0]}
 
 
 @torch.no_grad()
-def encode_texts(args: Namespace, rows: range) -> dict[str, Tensor]:
+def encode_text(args: Namespace, rows: range):
     """Embeddings of prompts: text (T, D) of T5, pooled (d,) of CLIP."""
-    pipe, tensors = load(args, "text"), {}
+    pipe = load(args, "text")
     length = min(TEXT_TOKENS, pipe.tokenizer_2.model_max_length)
     for i in rows:
         text, pooled, _ = pipe.encode_prompt(*[args.texts[i]] * 2, max_sequence_length=length)
-        tensors |= {f"text.{i}": text[0].cpu(), f"pooled.{i}": pooled[0].cpu()}
-    return tensors
+        yield {"text": text[0], "pooled": pooled[0]}
 
 
 @torch.no_grad()
-def encode_images(args: Namespace, rows: range) -> dict[str, Tensor]:
+def encode_image(args: Namespace, rows: range):
     """Latents (rows, columns, channels) of images, normalised and packed."""
-    vae, tensors = load(args, "image").vae, {}
+    vae = load(args, "image").vae
     for i in rows:
-        pixels = open_image(args.pairs[i].file, args.resolution)[None].to(vae.device, vae.dtype)
-        x = vae.encode(pixels).latent_dist.mode().float().cpu() - vae.config.shift_factor
+        pixels = open_image(args.pairs[i].file, args.resolution).to(vae.device, vae.dtype)
+        x = vae.encode(pixels).latent_dist.mode().float() - vae.config.shift_factor
         packed = FluxPipeline._pack_latents(x * vae.config.scaling_factor, *x.shape)
-        tensors[f"latent.{i}"] = packed.reshape(x.shape[2] // 2, x.shape[3] // 2, -1)
-    return tensors
+        yield {"latent": packed.reshape(x.shape[2] // 2, x.shape[3] // 2, -1)}
 
 
-def sample_teacher(args: Namespace, rows: range) -> dict[str, Tensor]:
+def sample_teacher(args: Namespace, rows: range):
     """Latents (rows, columns, channels) from the teacher, for a pool without images."""
-    cond = read(args, "text", ("text", "pooled"), [args.pairs[i].text for i in rows])
+    cond = read(args, "text", [args.pairs[i].text for i in rows])
+    cond["guidance"] = torch.full((len(rows),), POOL_GUIDANCE)
     noise = noises(args, [("pool", i) for i in rows])
-    latents = sample(args, load(args, "image"), cond, noise, FINE, POOL_GUIDANCE).cpu()
-    return {f"latent.{i}": x.reshape(*args.size, -1) for i, x in zip(rows, latents)}
+    latents = sample(args, load(args, "image"), cond, noise, FINE)
+    return [{"latent": x.reshape(*args.size, -1)} for x in latents]
 
 
 def noises(args: Namespace, keys: list[tuple]) -> Tensor:
@@ -381,7 +385,15 @@ def noises(args: Namespace, keys: list[tuple]) -> Tensor:
     return torch.stack(draws).to(args.device)
 
 
-def sample(args: Namespace, pipe, cond: dict, noise: Tensor, steps: int, guidance: float) -> Tensor:
+def held_out(args: Namespace, texts: list[int], purpose: str) -> tuple[dict[str, Tensor], Tensor]:
+    """Conditions of these prompts, each --noises times, and as much noise of their own."""
+    rows = [(i, k) for k in range(args.noises) for i in texts]
+    cond = read(args, "text", [i for i, _ in rows])
+    cond["guidance"] = torch.full((len(rows),), args.guidance, device=args.device)
+    return cond, noises(args, [(purpose, *row) for row in rows])
+
+
+def sample(args: Namespace, pipe, cond: dict, noise: Tensor, steps: int) -> Tensor:
     """Latents (B, tokens, channels) from the stock pipeline, --batch at a time, float32."""
     (height, width), latents = (n * 2 * pipe.vae_scale_factor for n in args.size), []
     for i in range(0, len(noise), args.batch):
@@ -389,7 +401,7 @@ def sample(args: Namespace, pipe, cond: dict, noise: Tensor, steps: int, guidanc
         latents += pipe(
             prompt_embeds=cond["text"][rows], pooled_prompt_embeds=cond["pooled"][rows],
             height=height, width=width, latents=noise[rows], num_inference_steps=steps,
-            guidance_scale=guidance, output_type="latent",
+            guidance_scale=cond["guidance"][0].item(), output_type="latent",
         ).images.float()  # fmt: skip
     return torch.stack(latents)
 
@@ -402,38 +414,35 @@ class Validation:
 
     def __init__(self, args: Namespace, adapter: Adapter):
         self.args, self.adapter = args, adapter
-        rows = [(i, k) for k in range(args.noises) for i in args.validation]
-        self.noise = noises(args, [("validation", *row) for row in rows])
-        self.cond = read(args, "text", ("text", "pooled"), [i for i, _ in rows])
-        self.cond["guidance"] = torch.full((len(rows),), args.guidance, device=args.device)
+        self.cond, self.noise = held_out(args, args.validation, "validation")
         teacher = adapter.velocity(None, args.size)
         self.teachers = {n: remember(teacher) for n in args.steps}  # a memory for each grid
-        self.fine, self.coarse = (self.end(teacher, n) for n in (FINE, args.student_steps))
+        self.fine, self.coarse = (self.end(None, n) for n in (FINE, args.student_steps))
 
-    def times(self, steps: int) -> Tensor:
-        return sc.time_grid(steps, self.args.shift).to(self.args.device)
-
-    def end(self, velocity, steps: int) -> Tensor:
-        return sc.euler_sample(velocity, self.noise, self.times(steps), **self.cond)
+    def end(self, weights: list[Tensor] | None, steps: int, scale: float = 1.0) -> Tensor:
+        self.adapter.use(weights, scale)
+        return sample(self.args, load(self.args, "image"), self.cond, self.noise, steps)
 
     def lam(self, weights: list[Tensor], steps: int) -> float:
-        velocities = self.adapter.velocity(weights, self.args.size), self.teachers[steps]
-        return sc.optimal_scale(*velocities, self.noise, self.times(steps), **self.cond).item()
+        times = sc.time_grid(steps, self.args.shift).to(self.args.device)
+        student = self.adapter.velocity(weights, self.args.size)
+        return sc.optimal_scale(
+            student, self.teachers[steps], self.noise, times, **self.cond
+        ).item()
 
     def search(self, weights: list[Tensor], steps: int) -> tuple[float, float]:
         """Least distance to where FINE steps end, and its scale, within 40 % of lam*."""
         guess, tries = min(max(self.lam(weights, steps), 0.1), 5.0), []
         for scale in np.linspace(0.6 * guess, 1.4 * guess, 9).round(3).tolist():
-            student = self.adapter.velocity(weights, self.args.size, scale)
-            tries.append((rms(self.end(student, steps) - self.fine), scale))
+            tries.append((rms(self.end(weights, steps, scale) - self.fine), scale))
         return min(tries)
 
     def report(self, weights: list[Tensor], iteration: int) -> dict[str, float]:
         """lam* and distances to where FINE steps of the teacher end, for the log; a picture."""
         args, N, texts = self.args, self.args.student_steps, self.args.validation
-        ends = [self.coarse, self.end(self.adapter.velocity(weights, args.size), N), self.fine]
+        ends = [self.coarse, self.end(weights, N), self.fine]
         pictures = [decode(load(args, "image"), x[: len(texts)], args.size) for x in ends]
-        draw(args, dict(zip(row_names(N), pictures)), texts, f"validation/{iteration:06d}.png")
+        draw(args, pictures, texts, f"validation/{iteration:06d}.png")
         lams = {f"lam_{n}": self.lam(weights, n) for n in args.watched}
         return lams | {"teacher_rmse": rms(ends[0] - ends[2]), "rmse": rms(ends[1] - ends[2])}
 
@@ -468,7 +477,7 @@ def draw_batch(args: Namespace, pool: dict, generator: torch.Generator):
     size = sizes[torch.multinomial(shares, 1, generator=generator)]
     rows = torch.randint(len(pool[size]), (args.batch,), generator=generator)
     texts, latents = zip(*(pool[size][row] for row in rows))
-    x_0, cond = torch.stack(latents), read(args, "text", ("text", "pooled"), texts)
+    x_0, cond = torch.stack(latents), read(args, "text", texts)
     noise = torch.randn(x_0.shape, generator=generator)
     cond["guidance"] = (MAX_GUIDANCE * torch.rand(args.batch, generator=generator)).to(args.device)
     return x_0.to(args.device), noise.to(args.device), size, cond
@@ -493,7 +502,7 @@ def train(args: Namespace) -> None:
         adapter.net.enable_gradient_checkpointing()
     pool, validation = {}, Validation(args, adapter)
     for i, pair in enumerate(args.pairs):
-        latent = read(args, "latent", ("latent",), [i])["latent"][0].cpu()
+        latent = read(args, "latent", [i])["latent"][0].cpu()
         pool.setdefault(latent.shape[:2], []).append((pair.text, latent.flatten(0, 1)))
     span = range(len(rows) + 1, args.iterations + 1)
     bar = tqdm(span, "train", initial=len(rows), total=args.iterations)
@@ -602,7 +611,8 @@ def write_log(args: Namespace, rows: list[dict]) -> None:
         axis.yaxis.set_major_formatter("{x:g}")
         axis.legend(frameon=False)
     axis.axhline(1, color="black", lw=0.8)
-    save_figure(figure, args.out / "training.png")
+    with atomic(args.out / "training.png") as part:
+        figure.savefig(part, format="png", dpi=110)
 
 
 # -------------------------------------------------------------------- phases 3 and 4: what came out
@@ -626,27 +636,22 @@ def calibrate(args: Namespace) -> None:
         "max_sequence_length": validation.cond["text"].shape[1], "iterations": len(rows),
         "weights": {"slow": "slow average of the student"}.get(name, name),
         "note": verdict(args, validation.report(sets[name], len(rows))),
-        "settings": args.settings, "key": args.keys["calibrate"],
+        "settings": args.settings, "key": args.key,
     }  # fmt: skip
     adapter.use(sets[name], scales[N])
-    check = {"latents": check_latents(args, load(args, "image"))}
-    write_tensors(args.check, check, {"key": args.keys["calibrate"]})
+    check = {"latents": sample(args, load(args, "image"), *held_out(args, [0], "check"), N)}
+    write_tensors(args.check, check, {"key": args.key})
     FluxPipeline.save_lora_weights(
         args.out, get_peft_model_state_dict(adapter.net),
         save_function=lambda tensors, path: write_tensors(Path(path), tensors, metadata),
     )  # fmt: skip
 
 
-def check_latents(args: Namespace, pipe: FluxPipeline) -> Tensor:
-    """What a pipeline makes of one held-out prompt in the student's number of steps."""
-    cond = read(args, "text", ("text", "pooled"), args.validation[:1])
-    return sample(args, pipe, cond, noises(args, [("check",)]), args.student_steps, args.guidance)
-
-
 def load_student(args: Namespace, part: str) -> tuple[FluxPipeline, dict]:
     """A stock pipeline with the saved adapter at its recommended scale, and what its file says."""
-    if not (adapter := read_metadata(args.out / LORA)):
+    if not (adapter := read_metadata(args.lora)):
         die(f"there is no whole {LORA} in --out {args.out}: distil first, without --sample")
+    args.shift = adapter["shift"]
     pipe = load(args, part)
     pipe.load_lora_weights(args.out, weight_name=LORA, adapter_name="student")
     adapter["scales"] = {int(n): scale for n, scale in adapter["scales"].items()}
@@ -657,38 +662,33 @@ def load_student(args: Namespace, part: str) -> tuple[FluxPipeline, dict]:
 def compare(args: Namespace) -> dict:
     """Phase 4: a stock pipeline with the saved file against the teacher, on held-out prompts."""
     (pipe, adapter), N = load_student(args, "fresh"), args.student_steps
-    with safe_open(args.check, "pt", args.device) as file:
-        expected = file.get_tensor("latents")
-    check = rms(check_latents(args, pipe) - expected) / rms(expected)
+    expected = load_file(args.check, args.device)["latents"]
+    check = rms(sample(args, pipe, *held_out(args, [0], "check"), N) - expected) / rms(expected)
     if not check < (1e-2 if args.device == "cuda" else 1e-5):
-        die(f"self-check failed: in a fresh pipeline {args.out / LORA} gives other latents than"
+        die(f"self-check failed: in a fresh pipeline {args.lora} gives other latents than"
             f" in training, by {check:.1e} of their size; do not use it")  # fmt: skip
-    keys = [(i, k) for k in range(args.noises) for i in args.comparison]
-    noise = noises(args, [("compare", *key) for key in keys])
-    cond = read(args, "text", ("text", "pooled"), [i for i, _ in keys])
+    cond, noise = held_out(args, args.comparison, "compare")
 
     def run(steps: int, scale: float) -> tuple[Tensor, Tensor]:
         pipe.enable_lora() if scale else pipe.disable_lora()
         if scale:
             pipe.set_adapters("student", scale)
-        latents = sample(args, pipe, cond, noise, steps, args.guidance)
+        latents = sample(args, pipe, cond, noise, steps)
         return latents, decode(pipe, latents, args.size)
 
     (fine, pictures), table, shown = run(FINE, 0), [], {}
     scales = {"teacher": dict.fromkeys(args.steps, 0), "student": dict.fromkeys(args.steps, 1)}
     scales["student, scaled"] = adapter["scales"]
     for name, n in tqdm([(name, n) for name in scales for n in args.steps], "compare"):
-        latents, pixels = run(n, scales[name][n])
+        latents, pixels = shown[name, n] = run(n, scales[name][n])
         error = (pixels - pictures).square().mean((1, 2, 3)).clamp(min=1e-10)
         row = {"sampler": name, "steps": n, "scale": scales[name][n], "rmse": rms(latents - fine)}
         table.append(row | {"psnr": -10 * error.log10().mean().item()})
-        shown[name, n] = pixels
-    rows = dict(zip(row_names(N), (shown["teacher", N], shown["student, scaled", N], pictures)))
+    rows = [shown["teacher", N][1], shown["student, scaled", N][1], pictures]
     draw(args, rows, args.comparison[:8], "comparison.png")
-    results = {"table": table, "noises": len(keys), "self_check": check, "adapter": adapter}
+    results = {"table": table, "noises": len(noise), "self_check": check, "adapter": adapter}
     results |= {"seed_to_seed": rms(fine - fine.roll(len(args.comparison), 0))}
     write_text(args.out / "README.md", card(args, results))
-    results["key"] = args.keys["compare"]
     write_text(args.out / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
@@ -704,26 +704,20 @@ def decode(pipe: FluxPipeline, latents: Tensor, size: tuple[int, int]) -> Tensor
     return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
 
-def row_names(steps: int) -> list[str]:
-    return [f"teacher\n{steps} steps", f"student\n{steps} steps", f"teacher\n{FINE} steps"]
-
-
-def draw(args: Namespace, rows: dict[str, Tensor], texts: list[int], name: str) -> None:
-    """Rows of pictures (B, H, W, 3), a column for each prompt."""
+def draw(args: Namespace, rows: list[Tensor], texts: list[int], name: str) -> None:
+    """Pictures (B, H, W, 3) of teacher, student, fine teacher; a column for each prompt."""
+    steps = args.student_steps
+    labels = (f"teacher\n{steps} steps", f"student\n{steps} steps", f"teacher\n{FINE} steps")
     figure = Figure((1.7 * len(texts) + 0.7, 1.7 * len(rows) + 0.5), layout="constrained")
     grid = figure.subplots(len(rows), len(texts), squeeze=False)
-    for axes, (label, pictures) in zip(grid, rows.items()):
+    for axes, label, pictures in zip(grid, labels, rows):
         for axis, picture in zip(axes, pictures):
-            axis.imshow(picture, interpolation="nearest")
+            axis.imshow(picture.numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
         axes[0].set_ylabel(label)
     for axis, i in zip(grid[0], texts):
         axis.set_title(textwrap.fill(args.texts[i][:72], 24), fontsize=8)
-    save_figure(figure, args.out / name)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    with atomic(path) as part:
+    with atomic(args.out / name) as part:
         figure.savefig(part, format="png", dpi=110)
 
 
@@ -797,7 +791,7 @@ def card(args: Namespace, results: dict) -> str:
         "scale": adapter["scales"][adapter["student_steps"]], "scales": scales, "list": settings,
         "license_name": "flux-1-dev-non-commercial-license" if dev else "that-of-the-base-model",
         "dtype": "bfloat16" if args.device == "cuda" else "float32", "table": markdown(results),
-        "lora": LORA, "fine": FINE, "out": args.out.name,
+        "lora": LORA, "fine": FINE, "out": args.out.resolve().name,
     })  # fmt: skip
 
 
@@ -824,63 +818,68 @@ class Help(ArgumentDefaultsHelpFormatter, RawFormatter):
     pass
 
 
+def at_least(low: float, unit: int = 1):
+    """An argparse type: a number of low's kind, finite; integers are multiples of unit."""
+
+    def number(text: str) -> float:
+        value = type(low)(text)
+        if isinstance(value, int) and value % unit:
+            near = unit * max(1, round(value / unit))
+            raise ArgumentTypeError(f"{text} must be a multiple of {unit}: {near} is near")
+        if not low <= value < math.inf:
+            raise ArgumentTypeError(f"{text} must be at least {low}")
+        return value
+
+    return number
+
+
 def parse(argv: list[str] | None) -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=Help)
+    count, number, positive = at_least(1), at_least(0), at_least(1e-9)
     # fmt: off
     add = parser.add_argument_group("what").add_argument
     add("--model", default=FLUX, help="a FluxPipeline: name on the Hub, or folder")
     add("--images", type=Path, metavar="DIR", help="train on these, with captions in NAME.txt")
-    add("--prompts", type=Path, metavar="FILE",
-        help="one a line; without --images the teacher makes what is trained on; none: 24 built-in")
-    add("--held-out", type=int, default=12, metavar="K",
+    add("--prompts", type=Path, metavar="FILE", help="one a line; default: 24 built-in. Without"
+        " --images the teacher makes what is trained on")
+    add("--held-out", type=count, default=12, metavar="K",
         help="never train on the last K prompts: a third validates, the rest compares")
-    add("--noises", type=int, default=2, metavar="K", help="for each of those")
-    add("--limit", type=int, default=0, metavar="K", help="train on the first K pairs; 0: all")
-    add("--resolution", type=int, default=512, help="pixels, a multiple of 16")
+    add("--noises", type=at_least(2), default=2, metavar="K", help="for each of those")
+    add("--limit", type=number, default=0, metavar="K", help="train on the first K pairs; 0: all")
+    add("--resolution", type=at_least(16, 16), default=512, help="pixels, a multiple of 16")
     add("--out", type=Path, default=Path("flux_out"), help="folder for all that is written")
     add("--sample", nargs="+", metavar="PROMPT", help="only render these, by the adapter in --out")
     add = parser.add_argument_group("method").add_argument
-    add("--student-steps", type=int, default=3, metavar="N", help="step count to build for")
+    add("--student-steps", type=count, default=3, metavar="N", help="step count to build for")
     add("--paper", action="store_true", help="the paper's windows and share, whatever N is")
     add("--shift-range", type=float, nargs=2, default=(2.5, 4.5), metavar=("LOW", "HIGH"),
         help="of the time shift in training")
-    add("--shift", type=float, default=3.0, help="time shift of sampling: calibrate and compare")
+    add("--shift", type=positive, default=3.0, help="of time in sampling: calibrate and compare")
     add("--guidance", type=float, default=3.5, help="of sampling; training draws it from [0, 8]")
     add = parser.add_argument_group("training").add_argument
-    add("--iterations", type=int, default=3000, help="optimizer steps")
-    add("--batch", type=int, default=8, help="pairs in a pass through the network")
-    add("--accumulate", type=int, default=1, metavar="K", help="passes in an optimizer step")
-    add("--learning-rate", type=float, default=2e-5, help="of AdamW")
-    add("--warmup", type=int, default=0, metavar="K", help="iterations until the rate is reached")
-    add("--rank", type=int, default=64, help="of the LoRA")
+    add("--iterations", type=count, default=3000, help="optimizer steps")
+    add("--batch", type=count, default=8, help="pairs in a pass through the network")
+    add("--accumulate", type=count, default=1, metavar="K", help="passes in an optimizer step")
+    add("--learning-rate", type=positive, default=2e-5, help="of AdamW")
+    add("--warmup", type=number, default=0, metavar="K", help="iterations up to that rate")
+    add("--rank", type=count, default=64, help="of the LoRA")
     add("--layers", choices=("all", "blocks"), default="all",
         help="linear layers with a LoRA; blocks: attention and feed-forward")
     add("--no-checkpointing", action="store_false", dest="checkpointing",
         help="keep activations: a fifth faster, several times the memory")
     add("--seed", type=int, default=0, help="of all that is drawn")
-    add = parser.add_argument_group("while it runs").add_argument
-    add("--validate-every", type=int, default=100, metavar="K", help="iterations")
-    add("--checkpoint-every", type=int, default=100, metavar="K", help="iterations")
+    add("--validate-every", type=count, default=100, metavar="K", help="iterations")
+    add("--checkpoint-every", type=count, default=100, metavar="K", help="iterations")
     add("--stop-when-matched", action="store_true", help="end at lam* of 1.05, or when it stalls")
     # fmt: on
     args = parser.parse_args(argv)
-    for name in ("held_out", "noises", "resolution", "iterations", "batch", "accumulate", "rank",
-                 "validate_every", "checkpoint_every"):  # fmt: skip
-        if (value := getattr(args, name)) < 1:
-            parser.error(f"--{name.replace('_', '-')} {value} must be at least 1")
-    if min(args.limit, args.warmup) < 0 or not 0 < args.learning_rate < 1 or not args.shift > 0:
-        parser.error("--limit and --warmup must be >= 0, --shift > 0, --learning-rate in (0, 1)")
-    if args.resolution % 16:
-        near = 16 * max(1, round(args.resolution / 16))
-        parser.error(f"--resolution {args.resolution} must be a multiple of 16: {near} is near")
-    if args.images and not args.images.is_dir():
-        parser.error(f"--images {args.images} is no folder")
     # The slow average remembers a tenth of the run at most, the fast one a fiftieth.
     slow, fast = (max(0.0, 1 - k / args.iterations) for k in (10, 50))
-    decays = dict(slow_decay=min(0.999, slow), fast_decay=min(0.99, fast))
-    steps = {} if args.paper else {"student_steps": args.student_steps, "teacher_ratio": None}
+    settings = dict(slow_decay=min(0.999, slow), fast_decay=min(0.99, fast))
+    if not args.paper:
+        settings |= {"student_steps": args.student_steps, "teacher_ratio": None}
     try:
-        args.config = sc.ShortcutConfig(shift_range=args.shift_range, **decays, **steps)
+        args.config = sc.ShortcutConfig(shift_range=args.shift_range, **settings)
         args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         parser.error(str(error))
@@ -888,10 +887,12 @@ def parse(argv: list[str] | None) -> Namespace:
 
 
 def prepare(args: Namespace) -> None:
-    """Find model and data, and what identifies the result of each phase."""
+    """Find model and data, and what identifies them; refuse --out of another run."""
     args.device, args.loaded = "cuda" if torch.cuda.is_available() else "cpu", (None, None)
-    args.state = args.out / "checkpoint" / "state.safetensors"
-    args.check = args.out / "checkpoint" / "check.safetensors"
+    args.lora, args.state, args.check = (
+        args.out / name
+        for name in (LORA, "checkpoint/state.safetensors", "cache/check.safetensors")
+    )
     args.steps, args.watched = (sorted({*ns, args.student_steps}) for ns in (STEPS, WATCHED))
     args.base_model = Path(args.model).name if Path(args.model).is_absolute() else args.model
     args.folder = locate(args)
@@ -899,7 +900,9 @@ def prepare(args: Namespace) -> None:
         return
     prompts, held_out = read_prompts(args)
     pairs = read_images(args.images) if args.images else [(None, prompt) for prompt in prompts]
-    pairs = pairs[: args.limit or None]
+    pairs = [pair for pair in pairs if pair[1] not in held_out][: args.limit or None]
+    if not pairs:
+        die(f"--images {args.images} has only captions that are held-out prompts")
     args.texts = list(dict.fromkeys([*held_out, *(caption for _, caption in pairs)]))
     args.pairs = [Namespace(file=file, text=args.texts.index(text)) for file, text in pairs]
     third = max(1, len(held_out) // 3)
@@ -907,55 +910,57 @@ def prepare(args: Namespace) -> None:
     args.comparison = list(range(third, len(held_out))) or args.validation
     files = sorted(p for p in args.folder.rglob("*") if p.suffix in (".json", ".safetensors"))
     model = digest([[str(p.relative_to(args.folder)), file_print(p)] for p in files])
-    data = digest([[caption, file and file_print(file)] for file, caption in pairs])
+    data = [[text, file_print(file) if file else i] for i, (file, text) in enumerate(pairs)]
+    args.keys = {
+        "text": [digest([model, text]) for text in args.texts],
+        "latent": [digest([model, args.resolution, args.seed, *item]) for item in data],
+    }
     names = """resolution student_steps paper shift_range iterations batch accumulate learning_rate
                warmup rank layers seed stop_when_matched"""
-    args.settings = {"model": model, "data": data} | {k: getattr(args, k) for k in names.split()}
-    args.settings = json.loads(json.dumps(args.settings))  # as it will be read
-    args.keys = {
-        "text": digest([model, args.texts]),
-        "latent": digest([model, data, args.resolution, args.seed]),
-        "calibrate": digest([args.settings, args.shift, args.guidance, held_out, args.noises]),
-    }  # fmt: skip
-    args.keys["compare"] = digest(["compare", args.keys["calibrate"]])
-    for path in (args.state, args.out / LORA):
-        if path.exists():
-            found = read_metadata(path).get("settings")
-            if not found:
-                die(f"{path} is damaged: delete it to make it anew, or give another --out")
-            wrong = [k for k, value in args.settings.items() if found.get(k) != value]
-            if wrong:
-                change = "; ".join(f"{k} {found.get(k)}, now {args.settings[k]}" for k in wrong)
-                die(f"--out {args.out} holds a run of other settings ({change}): repeat them, give"
-                    " another --out, or delete it")  # fmt: skip
+    settings = {"model": model, "data": digest(data)}
+    settings |= {name: getattr(args, name) for name in names.split()}
+    args.settings = json.loads(json.dumps(settings))  # as it will be read
+    args.key = digest([args.settings, args.shift, args.guidance, held_out, args.noises])
+    for path in filter(Path.exists, (args.state, args.lora)):
+        if not (found := read_metadata(path).get("settings")):
+            die(f"{path} is damaged: delete it to make it anew, or give another --out")
+        changes = [
+            f"{k} {found.get(k)}, now {v}" for k, v in args.settings.items() if found.get(k) != v
+        ]
+        if changes:
+            die(f"--out {args.out} holds a run of other settings ({'; '.join(changes)}): repeat"
+                " them, give another --out, or delete it")  # fmt: skip
+
+
+def distil(args: Namespace) -> dict:
+    """The four phases, each skipped when its result is on disk and fits; results.json."""
+    results, file = {"adapter": {}}, args.out / "results.json"
+    with suppress(OSError, ValueError):
+        results = json.loads(file.read_text())
+    saved = all(read_metadata(path).get("key") == args.key for path in (args.lora, args.check))
+    if not saved or results["adapter"].get("key") != args.key:
+        make_cache(args)
+        if not saved:
+            train(args)
+            calibrate(args)
+        results = compare(args)
+    print(f"RMSE of latents / PSNR of pictures to {FINE} steps of the teacher, held-out prompts:")
+    print(markdown(results), results["adapter"]["note"], sep="\n")
+    print(f"adapter, model card (README.md), pictures and tables in {args.out}/")
+    return results
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     try:
         prepare(args)
-        if args.sample:
-            return render(args)
-        made = [read_metadata(path).get("key") for path in (args.out / LORA, args.check)]
-        path = args.out / "results.json"
-        results = json.loads(path.read_text()) if path.exists() else {}
-        if made != [args.keys["calibrate"]] * 2:
-            make_cache(args)
-            train(args)
-            calibrate(args)
-        if results.get("key") != args.keys["compare"]:
-            make_cache(args)
-            compare(args)
-            results = json.loads(path.read_text())
+        render(args) if args.sample else distil(args)
     except torch.OutOfMemoryError:
         die(f"out of GPU memory; {SMALLER}. What is done is kept")
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         die(f"the disk of --out {args.out} is full: free some space, the same command goes on")
-    print(f"RMSE of latents / PSNR of pictures to {FINE} steps of the teacher, held-out prompts:")
-    print(markdown(results), results["adapter"]["note"], sep="\n")
-    print(f"adapter, model card (README.md), pictures and tables in {args.out}/")
 
 
 if __name__ == "__main__":

@@ -84,20 +84,39 @@ def text_side():
     pieces += [letter for letter in letters]
     t5_tokenizer = T5TokenizerFast(
         vocab=[(piece, 0.0 if i < 3 else -float(i > 4 + len(words)) * 5 - 1)
-               for i, piece in enumerate(pieces)], extra_ids=0, model_max_length=TEXT_TOKENS)  # fmt: skip
+               for i, piece in enumerate(pieces)],
+        extra_ids=0, model_max_length=TEXT_TOKENS)  # fmt: skip
     t5 = T5EncoderModel(T5Config(
         vocab_size=len(pieces), d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2,
         feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1))  # fmt: skip
     return clip_tokenizer, clip.eval(), t5_tokenizer, t5.eval()
 
 
-def train_vae(iterations, generator, batch=32):
+def train_vae(iterations, generator):
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(16, 32, 32), layers_per_block=1, latent_channels=4, norm_num_groups=8,
         sample_size=SIZE, mid_block_add_attention=False, use_quant_conv=False,
         use_post_quant_conv=False)  # fmt: skip
-    optimizer = torch.optim.AdamW(vae.parameters(), 2e-3)
+    fit(vae, vae.parameters(), iterations, generator)
+    vae.eval().requires_grad_(False)
+    latents = encode(vae, render(torch.arange(3000) % len(CAPTIONS), generator))
+    vae.register_to_config(scaling_factor=1 / latents.std().item(),
+                           shift_factor=latents.mean().item())  # fmt: skip
+    return vae
+
+
+def refine_decoder(vae, iterations):
+    """More training for the decoder alone: the latents stay as the transformer knows them."""
+    weights = list(vae.decoder.requires_grad_(True).parameters())
+    fit(vae, weights, iterations, torch.Generator().manual_seed(1))
+    vae.requires_grad_(False)
+
+
+def fit(vae, weights, iterations, generator, batch=32):
+    """Train these weights of the VAE to give back pictures."""
+    weights = list(weights)
+    optimizer = torch.optim.AdamW(weights, 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, iterations, pct_start=0.2)
     for _ in (bar := tqdm(range(iterations), "vae")):
         x = render(torch.randint(len(CAPTIONS), (batch,), generator=generator), generator)
@@ -106,15 +125,10 @@ def train_vae(iterations, generator, batch=32):
         loss = (x - y).abs().mean() + 2 * (x - y).square().mean() + 1e-4 * code.kl().mean() / 256
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
         bar.set_postfix(mse=f"{(x - y).square().mean().item():.4f}")
-    vae.eval().requires_grad_(False)
-    latents = encode(vae, render(torch.arange(3000) % len(CAPTIONS), generator))
-    vae.register_to_config(scaling_factor=1 / latents.std().item(),
-                           shift_factor=latents.mean().item())  # fmt: skip
-    return vae
 
 
 @torch.no_grad()
@@ -182,6 +196,7 @@ def main(argv=None):
     print(f"{sum(w.numel() for w in net.parameters()) / 1e6:.2f} M parameters in the transformer,",
           f"{sum(w.numel() for w in vae.parameters()) / 1e6:.2f} M in the VAE")  # fmt: skip
     train_flux(pipe, args.iterations, generator, args.pictures)
+    refine_decoder(vae, 2 * args.vae_iterations)
     pipe.to(torch.float16).save_pretrained(args.out)
     # Each caption ten times, shapes and colours mixed: whichever come last are of all kinds.
     lines = [CAPTIONS[7 * i % len(CAPTIONS)] for i in range(10 * len(CAPTIONS))]

@@ -28,7 +28,7 @@ def test_stock_diffusers_loads_what_it_saves(tmp_path):
     from diffusers import FluxPipeline
 
     tiny.main(
-        ["--out", str(tmp_path), "--vae-iterations", "10", "--minutes", "0.01", "--pictures", "60"]
+        ["--out", str(tmp_path), "--vae-iterations", "10", "--iterations", "10", "--pictures", "60"]
     )
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 3e6

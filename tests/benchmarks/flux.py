@@ -1,0 +1,101 @@
+"""What must hold on the tiny Flux, measured: python tests/benchmarks/flux.py (MINUTES on 2 cores)
+
+Runs flux_distill.py as the README's demonstration does, with 3 seeds, on all pairs, on ten and with
+the paper's windows, and prints Markdown tables. Errors are distances (RMSE of latents) to 32 steps
+of the teacher, on captions that were held out and paired noise.
+"""
+
+import toy as bench  # isort: skip; tests/benchmarks/toy.py: it sets threads before torch starts
+
+import argparse
+import os
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+import numpy as np
+import torch
+
+import flux_distill as fd
+
+TINY = Path(__file__).parents[1] / "tiny_flux"
+DEMO = "FLAGS"
+RUNS = {"all pairs": "", "ten pairs": "--limit 10", "the paper's windows": "--paper"}
+STEPS = (2, 3, 4, 6, 8, 9, 12)
+
+
+def measure(out: Path, run: str, seed: int) -> dict[tuple[str, int], dict]:
+    """Rows of the table that a run prints, by sampler and steps."""
+    torch.set_num_threads(1)
+    fd.STEPS = STEPS
+    folder = out / f"{run.replace(' ', '-')}-{seed}"
+    paths = ["--model", TINY, "--prompts", TINY / "prompts.txt", "--out", folder]
+    more = [*DEMO.split(), *RUNS[run].split(), "--noises", 8, "--seed", seed]
+    args = fd.parse([str(word) for word in (*paths, *more)])
+    fd.prepare(args)
+    results = fd.distil(args)
+    table = {(row["sampler"], row["steps"]): row for row in results["table"]}
+    return table | {"seed to seed": results["seed_to_seed"]}
+
+
+def tables(runs: dict[str, list[dict]]) -> str:
+    """Distances of every sampler, then the claims with their bounds."""
+
+    def error(run, sampler, steps):
+        return np.array([table[sampler, steps]["rmse"] for table in runs[run]])
+
+    def cell(values, digits=3):
+        return "{:.{d}f} ± {:.{d}f}".format(*bench.interval(values), d=digits)
+
+    apart = np.mean([table["seed to seed"] for table in runs["all pairs"]])
+    lines = [f"Two seeds of the teacher: {apart:.3f}", ""]
+    lines += ["| Euler steps | " + " | ".join(map(str, STEPS)) + " |", "|---" * 8 + "|"]
+    names = [("all pairs", "teacher")]
+    names += [(run, name) for run in runs for name in ("student", "student, scaled")]
+    for run, name in names:
+        label = name if name == "teacher" else f"{name}: {run}"
+        cells = [cell(error(run, name, n)) for n in STEPS]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    scales = [np.mean([t["student, scaled", n]["scale"] for t in runs["all pairs"]]) for n in STEPS]
+    lines.append("| scale: all pairs | " + " | ".join(f"{s:.2f}" for s in scales) + " |")
+    lines += ["", "| claim | ours | bound | ratio | must | target |", "|---|---|---|---|---|---|"]
+
+    def claim(text, ours, other, name, must, target):
+        times = np.mean(ours) / np.mean(other)
+        met = ["yes" if times <= bound else "no" for bound in (must, target)]
+        lines.append(f"| {text} | {cell(ours)} | {name}: {cell(other)} | {bench.ratio(ours, other)}"
+                     f" | {met[0]} ({must:g}) | {met[1]} ({target:g}) |")  # fmt: skip
+
+    def teacher(n):
+        return error("all pairs", "teacher", n)
+
+    full = {name: error("all pairs", name, 3) for name in ("student", "student, scaled")}
+    claim("3 steps, scale 1", full["student"], teacher(3), "teacher 3", 0.6, 0.6)
+    for n in (2, 3, 4):
+        ours = error("all pairs", "student, scaled", n)
+        claim(f"{n} steps, scaled", ours, teacher(2 * n), f"teacher {2 * n}", 1.1, 1.1)
+        claim(f"{n} steps, scaled", ours, teacher(3 * n), f"teacher {3 * n}", 1.1, 1.1)
+    for name, ours in full.items():
+        few = error("ten pairs", name, 3)
+        claim(f"ten pairs, 3 steps, {name}", few, ours, "all pairs", 1.3, 1.15)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split(": ")[0])
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to this, exclusive (3)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes of one thread")
+    parser.add_argument("--out", type=Path, help="keep the runs in this folder, and go on in it")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(args.jobs) as pool:
+        out = args.out or Path(scratch)
+        futures = {
+            run: [pool.submit(measure, out, run, seed) for seed in range(args.seeds)]
+            for run in RUNS
+        }
+        print(tables({run: [f.result() for f in some] for run, some in futures.items()}))
+
+
+if __name__ == "__main__":
+    main()
