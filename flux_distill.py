@@ -20,11 +20,13 @@ import textwrap
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from argparse import RawDescriptionHelpFormatter as RawFormatter
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
@@ -50,6 +52,7 @@ STEPS, WATCHED = (2, 3, 4, 6, 8), (2, 3, 4, 8)  # calibrated and compared; logge
 TEXT_SIDE = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 TEXT_TOKENS = 256  # of T5, or fewer where its tokenizer's longest text is shorter
 MAX_GUIDANCE, POOL_GUIDANCE = 8.0, 3.5  # training draws it from [0, 8]; for what the teacher draws
+TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1}  # what it sets, and what holds without it
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 SMALLER = """what helps, in this order: gradient checkpointing (no --no-checkpointing), --batch 4 \
 --accumulate 2 (down to --batch 1), --rank 16, --layers blocks, --resolution 256"""
@@ -326,7 +329,8 @@ def make_cache(args: Namespace) -> None:
     """
     make = {"text": encode_text, "latent": encode_image if args.images else sample_teacher}
     for kind, keys in args.keys.items():
-        for start in tqdm(range(0, len(keys), args.batch), f"cache: {kind}s", unit="batch"):
+        starts = range(0, len(keys), args.batch)[args.process :: args.processes]
+        for start in tqdm(starts, f"cache: {kind}s", unit="batch", disable=not args.lead):
             rows = range(len(keys))[start : start + args.batch]
             paths = [entry(args, kind, i) for i in rows]
             bad = [p for p, i in zip(paths, rows) if read_metadata(p).get("key") != keys[i]]
@@ -335,6 +339,7 @@ def make_cache(args: Namespace) -> None:
             for path, i, tensors in zip(paths, rows, make[kind](args, rows)) if bad else ():
                 if path in bad:
                     write_tensors(path, tensors, {"key": keys[i]})
+        add_up(args, torch.zeros(1, device=args.device))  # wait for all
 
 
 def entry(args: Namespace, kind: str, i: int) -> Path:
@@ -500,19 +505,21 @@ def train(args: Namespace) -> None:
             " another disk, or a smaller --rank")  # fmt: skip
     if args.checkpointing:
         adapter.net.enable_gradient_checkpointing()
-    pool, validation = {}, Validation(args, adapter)
+    pool, validation = {}, args.lead and Validation(args, adapter)
     for i, pair in enumerate(args.pairs):
         latent = read(args, "latent", [i])["latent"][0].cpu()
         pool.setdefault(latent.shape[:2], []).append((pair.text, latent.flatten(0, 1)))
-    span = range(len(rows) + 1, args.iterations + 1)
-    bar = tqdm(span, "train", initial=len(rows), total=args.iterations)
+    span, share = range(len(rows) + 1, args.iterations + 1), 1 / (args.accumulate * args.processes)
+    bar = tqdm(span, "train", initial=len(rows), total=args.iterations, disable=not args.lead)
     with interruptible() as asked:
         for iteration in bar:
-            row = {"iteration": iteration}
-            for micro in range(args.accumulate):
+            # Shared, so that all processes make equally many calls of each network.
+            U = torch.rand(1, generator=keyed(args.seed, "share", iteration)).item()
+            logged = torch.zeros(4, device=args.device)
+            for micro in range(args.process, args.accumulate * args.processes, args.processes):
                 generator = keyed(args.seed, "train", iteration, micro)
                 x_0, noise, size, cond = draw_batch(args, pool, generator)
-                windows = sc.sample_windows(config, args.batch, generator=generator)
+                windows = sc.sample_windows(config, args.batch, U=U, generator=generator)
                 # Targets first, the student last: its weights must stay for the backward.
                 loss, log = sc.shortcut_loss(
                     config, windows, x_0, noise, teacher=adapter.velocity(None, size),
@@ -520,9 +527,10 @@ def train(args: Namespace) -> None:
                     student=adapter.velocity(student, size), **cond,
                 )  # fmt: skip
                 loss.backward()
-                adapter.move_gradients(student, 1 / args.accumulate)
-                for name, value in {"loss": loss, **log}.items():
-                    row[name] = row.get(name, 0.0) + value.item() / args.accumulate
+                adapter.move_gradients(student, share)
+                logged += share * torch.stack([loss.detach(), *log.values()])
+            add_up(args, logged, *(w.grad for w in student))
+            row = {"iteration": iteration} | dict(zip(("loss", *log), logged.tolist()))
             norm = torch.nn.utils.clip_grad_norm_(student, 10.0).item()
             if not math.isfinite(row["loss"] + norm):
                 die(f"iteration {iteration}: loss {row['loss']}, gradient norm {norm}. Stopped, the"
@@ -536,19 +544,32 @@ def train(args: Namespace) -> None:
             sc.update_ema(slow, student, config.slow_decay)
             rows.append(row | {"gradient_norm": norm, "learning_rate": rate})
             done = iteration == args.iterations
-            if done or iteration % args.validate_every == 0:
+            if args.lead and (done or iteration % args.validate_every == 0):
                 rows[-1] |= validation.report(student, iteration)
                 bar.set_postfix({f"lam*({N})": f"{rows[-1][f'lam_{N}']:.2f}"})
                 if 2 * iteration >= args.iterations and "ALARM" in verdict(args, rows[-1]):
                     tqdm.write(f"iteration {iteration}: {verdict(args, rows[-1])}")
                 done |= args.stop_when_matched and matched([r.get(f"lam_{N}") for r in rows])
                 write_log(args, rows)
-            if done or asked or iteration % args.checkpoint_every == 0:
+            add_up(args, ends := torch.tensor([done, len(asked)], device=args.device))
+            done, stop = map(bool, ends.tolist())  # of any process
+            if args.lead and (done or stop or iteration % args.checkpoint_every == 0):
                 save_state(args, sets, optimizer, rows, done)
             if done:
                 return
-            if asked:
+            if stop:
+                add_up(args, ends)  # wait for the one that saves
                 die(f"stopped after iteration {iteration}; the same command goes on from there")
+
+
+def add_up(args: Namespace, *tensors: Tensor) -> None:
+    """Sum each tensor over all processes, in place."""
+    try:
+        for x in tensors if args.processes > 1 else ():
+            dist.all_reduce(x)
+    except RuntimeError as error:
+        die(f"process {args.process} lost another one ({type(error).__name__}); the same command"
+            " goes on from the last checkpoint")  # fmt: skip
 
 
 @contextmanager
@@ -889,6 +910,13 @@ def parse(argv: list[str] | None) -> Namespace:
 def prepare(args: Namespace) -> None:
     """Find model and data, and what identifies them; refuse --out of another run."""
     args.device, args.loaded = "cuda" if torch.cuda.is_available() else "cpu", (None, None)
+    args.process, args.processes = (int(os.environ.get(k, d)) for k, d in TORCHRUN.items())
+    args.lead = args.process == 0  # the one that validates and writes
+    if args.processes > 1:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        engine = "nccl" if args.device == "cuda" else "gloo"
+        dist.init_process_group(engine, timeout=timedelta(hours=2))
     args.lora, args.state, args.check = (
         args.out / name
         for name in (LORA, "checkpoint/state.safetensors", "cache/check.safetensors")
@@ -919,6 +947,7 @@ def prepare(args: Namespace) -> None:
                warmup rank layers seed stop_when_matched"""
     settings = {"model": model, "data": digest(data)}
     settings |= {name: getattr(args, name) for name in names.split()}
+    settings["accumulate"] *= args.processes
     args.settings = json.loads(json.dumps(settings))  # as it will be read
     args.key = digest([args.settings, args.shift, args.guidance, held_out, args.noises])
     for path in filter(Path.exists, (args.state, args.lora)):
@@ -942,6 +971,9 @@ def distil(args: Namespace) -> dict:
         make_cache(args)
         if not saved:
             train(args)
+        if not args.lead:
+            return results
+        if not saved:
             calibrate(args)
         results = compare(args)
     print(f"RMSE of latents / PSNR of pictures to {FINE} steps of the teacher, held-out prompts:")
