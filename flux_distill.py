@@ -94,7 +94,7 @@ def rms(x: Tensor) -> float:
 def atomic(path: Path):
     """Write to the path that this yields: it becomes `path` whole, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{path.name}")
+    part = path.with_name(f".part-{os.getpid()}-{path.name}")
     try:
         yield part
         with open(part, "rb+") as file:
@@ -126,9 +126,13 @@ def read_metadata(path: Path) -> dict:
 
 
 def file_print(path: Path) -> list:
-    """Tells a file from another: its size and what its first 8 MiB hold."""
+    """Tells a file from another: its size and a hash of 16 pieces of it."""
+    size, pieces = path.stat().st_size, hashlib.sha256()
     with open(path, "rb") as file:
-        return [path.stat().st_size, hashlib.sha256(file.read(2**23)).hexdigest()]
+        for k in range(16):
+            file.seek(size * k // 16)
+            pieces.update(file.read(2**19))
+    return [size, pieces.hexdigest()]
 
 
 # -------------------------------------------------------------------- the model, checked and loaded
@@ -148,10 +152,12 @@ def locate(args: Namespace) -> Path:
             " `hf auth login`, and start again")  # fmt: skip
     except (hub.RepositoryNotFoundError, hub.HFValidationError):
         die(f"{name} is no folder here and no public model on the Hub (private: `hf auth login`)")
-    except (hub.LocalEntryNotFoundError, hub.HfHubHTTPError, ConnectionError):
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):
         die(f"{name} is no folder here and the Hub can't be reached: give a folder, or go online")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (hub.EntryNotFoundError, FileNotFoundError, ValueError, KeyError, TypeError):
         die(f"{name} is not a whole diffusers pipeline: it needs {', '.join(files)}")
+    except Exception as error:  # whatever the network comes up with
+        die(f"{name} can't be reached ({type(error).__name__}): go online, or give a folder")
     if kind != "FluxPipeline":
         die(f"{name} is a {kind}: this distils a FluxPipeline, FLUX.1-dev or a tune of it")
     if not guided:
@@ -159,7 +165,11 @@ def locate(args: Namespace) -> Path:
     args.size = (args.resolution // 2 ** len(blocks),) * 2  # a token is 2 x 2 latents
     if not args.sample:
         check_memory(args, config)
-    return folder if folder.is_dir() else Path(FluxPipeline.download(args.model))
+    try:
+        return folder if folder.is_dir() else Path(FluxPipeline.download(args.model))
+    except Exception as error:
+        die(f"{name} can't be downloaded ({type(error).__name__}): the same command goes on when"
+            " there is network and disk for 34 GB")  # fmt: skip
 
 
 def check_memory(args: Namespace, config: dict) -> None:
@@ -203,12 +213,16 @@ def load(args: Namespace, part: str) -> FluxPipeline:
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()
-    # With num_inference_steps alone it takes the times of sc.time_grid(steps, shift).
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
-        pipe.scheduler.config, use_dynamic_shifting=False, shift=args.shift
-    )
+    set_shift(pipe, args.shift)
     args.loaded = (part, pipe)
     return pipe
+
+
+def set_shift(pipe: FluxPipeline, shift: float) -> None:
+    """With num_inference_steps alone it then takes the times of sc.time_grid(steps, shift)."""
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+        pipe.scheduler.config, use_dynamic_shifting=False, shift=shift
+    )
 
 
 def targets(args: Namespace, net: FluxTransformer2DModel) -> list[str]:
@@ -230,15 +244,19 @@ class Adapter:
             torch.manual_seed(args.seed)
             kind = dict(init_lora_weights="gaussian", target_modules=targets(args, self.net))
             self.net.add_adapter(LoraConfig(r=r, lora_alpha=r, **kind))
+        self.scale = None  # that is switched on; 0: the teacher
         self.params = [p for name, p in self.net.named_parameters() if ".lora_" in name]
 
     @torch.no_grad()
     def use(self, weights: list[Tensor] | None, scale: float = 1.0) -> None:
-        if weights is None:
-            return self.net.disable_adapters()
-        self.net.enable_adapters()
-        self.net.set_adapters("default", scale)
-        torch._foreach_copy_(self.params, weights)
+        scale = scale if weights else 0.0
+        if scale != self.scale:  # switching costs more than a copy
+            self.scale = scale
+            self.net.enable_adapters() if scale else self.net.disable_adapters()
+            if scale:
+                self.net.set_adapters("default", scale)
+        if scale:
+            torch._foreach_copy_(self.params, weights)
 
     def velocity(self, weights: list[Tensor] | None, size: tuple[int, int], scale: float = 1.0):
         """Velocity of latents (B, tokens, channels), `size` their rows and columns of tokens.
@@ -275,12 +293,16 @@ def read_prompts(args: Namespace) -> tuple[list[str], list[str]]:
         text = args.prompts.read_text("utf-8-sig") if args.prompts else PROMPTS.replace("; ", "\n")
     except (OSError, UnicodeDecodeError) as error:
         die(f"--prompts {args.prompts} can't be read as a text file ({type(error).__name__})")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line for line in map(tidy, text.splitlines()) if line]
     held_out = list(dict.fromkeys(lines))[-args.held_out :]
     if len(set(lines)) < args.held_out + (not args.images):
         die(f"--prompts {args.prompts} has {len(set(lines))} different lines: it needs one more"
             f" than --held-out {args.held_out}")  # fmt: skip
     return lines, held_out
+
+
+def tidy(text: str) -> str:
+    return " ".join(text.split())
 
 
 def read_images(folder: Path) -> list[tuple[Path, str]]:
@@ -292,7 +314,7 @@ def read_images(folder: Path) -> list[tuple[Path, str]]:
     for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in kinds):
         try:
             open_image(path, 64)
-            caption = " ".join(path.with_suffix(".txt").read_text("utf-8-sig").split())
+            caption = tidy(path.with_suffix(".txt").read_text("utf-8-sig"))
             pairs.append((path, caption)) if caption else skipped.append(f"{path.stem}.txt (empty)")
         except FileNotFoundError:
             skipped.append(f"{path.name} (no {path.stem}.txt)")
@@ -349,8 +371,8 @@ def entry(args: Namespace, kind: str, i: int) -> Path:
 
 def read(args: Namespace, kind: str, rows) -> dict[str, Tensor]:
     """Entries of the cache, stacked."""
-    entries = [load_file(entry(args, kind, i), args.device) for i in rows]
-    return {name: torch.stack([e[name] for e in entries]) for name in entries[0]}
+    entries = [load_file(entry(args, kind, i)) for i in rows]
+    return {name: torch.stack([e[name] for e in entries]).to(args.device) for name in entries[0]}
 
 
 @torch.no_grad()
@@ -379,7 +401,9 @@ def sample_teacher(args: Namespace, rows: range):
     cond = read(args, "text", [args.pairs[i].text for i in rows])
     cond["guidance"] = torch.full((len(rows),), POOL_GUIDANCE)
     noise = noises(args, [("pool", i) for i in rows])
-    latents = sample(args, load(args, "image"), cond, noise, FINE)
+    set_shift(pipe := load(args, "image"), sum(args.shift_range) / 2)
+    latents = sample(args, pipe, cond, noise, FINE)
+    set_shift(pipe, args.shift)
     return [{"latent": x.reshape(*args.size, -1)} for x in latents]
 
 
@@ -436,18 +460,20 @@ class Validation:
         ).item()
 
     def search(self, weights: list[Tensor], steps: int) -> tuple[float, float]:
-        """Least distance to where FINE steps end, and its scale, within 40 % of lam*."""
-        guess, tries = min(max(self.lam(weights, steps), 0.1), 5.0), []
-        for scale in np.linspace(0.6 * guess, 1.4 * guess, 9).round(3).tolist():
-            tries.append((rms(self.end(weights, steps, scale) - self.fine), scale))
+        """Least distance to where FINE steps end, and its scale: two searches, from lam* on."""
+        best, tries = min(max(self.lam(weights, steps), 0.1), 5.0), []
+        for spread in (0.4, 0.15):
+            for scale in (best * np.linspace(1 - spread, 1 + spread, 5)).round(3).tolist():
+                tries.append((rms(self.end(weights, steps, scale) - self.fine), scale))
+            best = min(tries)[1]
         return min(tries)
 
-    def report(self, weights: list[Tensor], iteration: int) -> dict[str, float]:
+    def report(self, weights: list[Tensor], name: str) -> dict[str, float]:
         """lam* and distances to where FINE steps of the teacher end, for the log; a picture."""
         args, N, texts = self.args, self.args.student_steps, self.args.validation
         ends = [self.coarse, self.end(weights, N), self.fine]
         pictures = [decode(load(args, "image"), x[: len(texts)], args.size) for x in ends]
-        draw(args, pictures, texts, f"validation/{iteration:06d}.png")
+        draw(args, pictures, texts, f"validation/{name}.png")
         lams = {f"lam_{n}": self.lam(weights, n) for n in args.watched}
         return lams | {"teacher_rmse": rms(ends[0] - ends[2]), "rmse": rms(ends[1] - ends[2])}
 
@@ -458,8 +484,8 @@ def remember(velocity):
 
     def remembered(x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         if (key := t[0].item()) not in answers:
-            answers[key] = velocity(x, t, **cond)
-        return answers[key]
+            answers[key] = velocity(x, t, **cond).cpu()
+        return answers[key].to(x.device)
 
     return remembered
 
@@ -469,10 +495,11 @@ def verdict(args: Namespace, row: dict[str, float]) -> str:
     N, lam = args.student_steps, row[f"lam_{args.student_steps}"]
     distances = (f"in {N} steps the student ends {row['rmse']:.3f} from the teacher's {FINE} steps,"
                  f" the teacher itself {row['teacher_rmse']:.3f}")  # fmt: skip
-    if not row["rmse"] < 0.98 * row["teacher_rmse"]:
-        return f"ALARM, inert student: {distances}; train longer or with a higher --learning-rate"
-    if lam < 0.8:
+    nearness = row["rmse"] / row["teacher_rmse"]
+    if lam < 0.8 and not 0.98 <= nearness <= 1.02:
         return f"ALARM, overshot: lam* is {lam:.2f}; {distances}; use its scale, or train shorter"
+    if not nearness < 0.98:
+        return f"ALARM, inert student: {distances}; train longer or with a higher --learning-rate"
     return distances
 
 
@@ -493,16 +520,22 @@ def train(args: Namespace) -> None:
     adapter, config, N, rows = Adapter(args), args.config, args.student_steps, []
     student = [p.detach().float().clone() for p in adapter.params]
     fast, slow = ([w.clone() for w in student] for _ in range(2))
-    optimizer = torch.optim.AdamW(student, args.learning_rate, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(student, args.learning_rate, weight_decay=1e-4, foreach=True)
     sets = {"student": student, "fast": fast, "slow": slow}
     free, need = shutil.disk_usage(args.out).free / 1e9, 40e-9 * sum(w.numel() for w in student)
     if args.state.exists():
         rows, done = load_state(args, sets, optimizer)
         if done:
             return
+    elif args.lora.exists():
+        die(f"{args.lora} is finished, but {args.state} is gone: other settings of calibration and"
+            " comparison need it. Give another --out, or delete it to train anew")  # fmt: skip
     elif free < need:  # five float32 numbers a weight, in the old and in the new file
         die(f"checkpoints need {need:.1f} GB and --out {args.out} has {free:.1f}: give --out on"
             " another disk, or a smaller --rank")  # fmt: skip
+    add_up(args, count := torch.tensor([len(rows)], device=args.device))
+    if count.item() != args.processes * len(rows):
+        die(f"--out {args.out} is not one folder for all machines: put it on a disk they share")
     if args.checkpointing:
         adapter.net.enable_gradient_checkpointing()
     pool, validation = {}, args.lead and Validation(args, adapter)
@@ -513,13 +546,15 @@ def train(args: Namespace) -> None:
     bar = tqdm(span, "train", initial=len(rows), total=args.iterations, disable=not args.lead)
     with interruptible() as asked:
         for iteration in bar:
-            # Shared, so that all processes make equally many calls of each network.
+            # Passes share U, evenly spread: they have as many teacher rows as one large batch.
             U = torch.rand(1, generator=keyed(args.seed, "share", iteration)).item()
             logged = torch.zeros(4, device=args.device)
             for micro in range(args.process, args.accumulate * args.processes, args.processes):
                 generator = keyed(args.seed, "train", iteration, micro)
                 x_0, noise, size, cond = draw_batch(args, pool, generator)
-                windows = sc.sample_windows(config, args.batch, U=U, generator=generator)
+                windows = sc.sample_windows(
+                    config, args.batch, U=(U + micro * share) % 1, generator=generator
+                )
                 # Targets first, the student last: its weights must stay for the backward.
                 loss, log = sc.shortcut_loss(
                     config, windows, x_0, noise, teacher=adapter.velocity(None, size),
@@ -545,11 +580,11 @@ def train(args: Namespace) -> None:
             rows.append(row | {"gradient_norm": norm, "learning_rate": rate})
             done = iteration == args.iterations
             if args.lead and (done or iteration % args.validate_every == 0):
-                rows[-1] |= validation.report(student, iteration)
+                rows[-1] |= validation.report(student, f"{iteration:06d}")
                 bar.set_postfix({f"lam*({N})": f"{rows[-1][f'lam_{N}']:.2f}"})
                 if 2 * iteration >= args.iterations and "ALARM" in verdict(args, rows[-1]):
                     tqdm.write(f"iteration {iteration}: {verdict(args, rows[-1])}")
-                done |= args.stop_when_matched and matched([r.get(f"lam_{N}") for r in rows])
+                done |= args.stop_when_matched and matched(args, rows)
                 write_log(args, rows)
             add_up(args, ends := torch.tensor([done, len(asked)], device=args.device))
             done, stop = map(bool, ends.tolist())  # of any process
@@ -563,10 +598,14 @@ def train(args: Namespace) -> None:
 
 
 def add_up(args: Namespace, *tensors: Tensor) -> None:
-    """Sum each tensor over all processes, in place."""
+    """Sum each tensor over all processes, in place; none goes on before all are here."""
+    if args.processes == 1:
+        return
     try:
-        for x in tensors if args.processes > 1 else ():
+        for x in tensors:
             dist.all_reduce(x)
+        if args.device == "cuda":
+            torch.cuda.synchronize()
     except RuntimeError as error:
         die(f"process {args.process} lost another one ({type(error).__name__}); the same command"
             " goes on from the last checkpoint")  # fmt: skip
@@ -584,11 +623,12 @@ def interruptible():
             signal.signal(kind, handler)
 
 
-def matched(lams: list[float | None]) -> bool:
+def matched(args: Namespace, rows: list[dict]) -> bool:
     """lam* is at most 1.05, or its mean over five validations fell by less than 1 % in five."""
-    lams = [lam for lam in lams if lam is not None]
+    lams = [lam for row in rows if (lam := row.get(f"lam_{args.student_steps}")) is not None]
     stalled = len(lams) >= 10 and sum(lams[-5:]) > 0.99 * sum(lams[-10:-5])
-    return 0 < lams[-1] <= 1.05 or stalled
+    learned = rows[-1]["rmse"] < 0.98 * rows[-1]["teacher_rmse"]
+    return learned and (0 < lams[-1] <= 1.05 or stalled)
 
 
 def save_state(args: Namespace, sets: dict, optimizer, rows: list[dict], done: bool) -> None:
@@ -599,17 +639,15 @@ def save_state(args: Namespace, sets: dict, optimizer, rows: list[dict], done: b
     write_tensors(args.state, tensors, {"settings": args.settings, "rows": rows, "done": done})
 
 
+@torch.no_grad()
 def load_state(args: Namespace, sets: dict, optimizer) -> tuple[list[dict], bool]:
     """Rows of the log, and whether training is done; weights and optimizer are filled in place."""
-    metadata = read_metadata(args.state)
-    with safe_open(args.state, "pt", args.device) as file:
-        count = range(len(sets["student"]))
-        saved = {k: [file.get_tensor(f"{k}.{i}") for i in count] for k in (*sets, *MOMENTS)}
+    metadata, saved = read_metadata(args.state), load_file(args.state)
+    for i, weight in enumerate(sets["student"]):
         for name, weights in sets.items():
-            torch._foreach_copy_(weights, saved[name])
-        step = torch.tensor(float(len(metadata["rows"])))
-        for w, m, v in zip(sets["student"], *(saved[k] for k in MOMENTS)):
-            optimizer.state[w] = dict(zip(("step", *MOMENTS), (step.clone(), m, v)))
+            weights[i].copy_(saved[f"{name}.{i}"])
+        moments = {name: saved[f"{name}.{i}"].to(args.device) for name in MOMENTS}
+        optimizer.state[weight] = moments | {"step": torch.tensor(float(len(metadata["rows"])))}
     return metadata["rows"], metadata["done"]
 
 
@@ -645,9 +683,8 @@ def calibrate(args: Namespace) -> None:
     All on validation prompts and noises. The one that ends nearer to the teacher is saved.
     """
     adapter, N, rows = Adapter(args), args.student_steps, read_metadata(args.state)["rows"]
-    with safe_open(args.state, "pt", args.device) as file:
-        sets = {k: [file.get_tensor(f"{k}.{i}") for i in range(len(adapter.params))]
-                for k in ("student", "slow")}  # fmt: skip
+    saved, count = load_file(args.state), range(len(adapter.params))
+    sets = {k: [saved[f"{k}.{i}"].to(args.device) for i in count] for k in ("student", "slow")}
     validation = Validation(args, adapter)
     name = min(sets, key=lambda name: validation.search(sets[name], N))
     scales = {n: validation.search(sets[name], n)[1] for n in tqdm(args.steps, "calibrate")}
@@ -656,7 +693,7 @@ def calibrate(args: Namespace) -> None:
         "resolution": args.resolution, "guidance": args.guidance, "rank": args.rank,
         "max_sequence_length": validation.cond["text"].shape[1], "iterations": len(rows),
         "weights": {"slow": "slow average of the student"}.get(name, name),
-        "note": verdict(args, validation.report(sets[name], len(rows))),
+        "note": verdict(args, validation.report(sets[name], "saved")),
         "settings": args.settings, "key": args.key,
     }  # fmt: skip
     adapter.use(sets[name], scales[N])
@@ -672,6 +709,8 @@ def load_student(args: Namespace, part: str) -> tuple[FluxPipeline, dict]:
     """A stock pipeline with the saved adapter at its recommended scale, and what its file says."""
     if not (adapter := read_metadata(args.lora)):
         die(f"there is no whole {LORA} in --out {args.out}: distil first, without --sample")
+    if adapter["settings"]["model"] != args.model_print:
+        die(f"{args.lora} was made for {adapter['base_model']}: --model {args.model} is another")
     args.shift = adapter["shift"]
     pipe = load(args, part)
     pipe.load_lora_weights(args.out, weight_name=LORA, adapter_name="student")
@@ -683,29 +722,29 @@ def load_student(args: Namespace, part: str) -> tuple[FluxPipeline, dict]:
 def compare(args: Namespace) -> dict:
     """Phase 4: a stock pipeline with the saved file against the teacher, on held-out prompts."""
     (pipe, adapter), N = load_student(args, "fresh"), args.student_steps
-    expected = load_file(args.check, args.device)["latents"]
+    expected = load_file(args.check)["latents"].to(args.device)
     check = rms(sample(args, pipe, *held_out(args, [0], "check"), N) - expected) / rms(expected)
-    if not check < (1e-2 if args.device == "cuda" else 1e-5):
+    if not check < (3e-2 if args.device == "cuda" else 1e-5):
         die(f"self-check failed: in a fresh pipeline {args.lora} gives other latents than"
             f" in training, by {check:.1e} of their size; do not use it")  # fmt: skip
     cond, noise = held_out(args, args.comparison, "compare")
 
     def run(steps: int, scale: float) -> tuple[Tensor, Tensor]:
-        pipe.enable_lora() if scale else pipe.disable_lora()
-        if scale:
-            pipe.set_adapters("student", scale)
+        pipe.set_adapters("student", scale)
         latents = sample(args, pipe, cond, noise, steps)
         return latents, decode(pipe, latents, args.size)
 
-    (fine, pictures), table, shown = run(FINE, 0), [], {}
-    scales = {"teacher": dict.fromkeys(args.steps, 0), "student": dict.fromkeys(args.steps, 1)}
+    (fine, pictures), table, shown = run(FINE, 0.0), [], {}
+    scales = {"teacher": dict.fromkeys(args.steps, 0.0), "student": dict.fromkeys(args.steps, 1.0)}
     scales["student, scaled"] = adapter["scales"]
     for name, n in tqdm([(name, n) for name in scales for n in args.steps], "compare"):
-        latents, pixels = shown[name, n] = run(n, scales[name][n])
+        latents, pixels = run(n, scales[name][n])
         error = (pixels - pictures).square().mean((1, 2, 3)).clamp(min=1e-10)
         row = {"sampler": name, "steps": n, "scale": scales[name][n], "rmse": rms(latents - fine)}
         table.append(row | {"psnr": -10 * error.log10().mean().item()})
-    rows = [shown["teacher", N][1], shown["student, scaled", N][1], pictures]
+        if n == N:
+            shown[name] = pixels
+    rows = [shown["teacher"], shown["student, scaled"], pictures]
     draw(args, rows, args.comparison[:8], "comparison.png")
     results = {"table": table, "noises": len(noise), "self_check": check, "adapter": adapter}
     results |= {"seed_to_seed": rms(fine - fine.roll(len(args.comparison), 0))}
@@ -863,7 +902,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--images", type=Path, metavar="DIR", help="train on these, with captions in NAME.txt")
     add("--prompts", type=Path, metavar="FILE", help="one a line; default: 24 built-in. Without"
         " --images the teacher makes what is trained on")
-    add("--held-out", type=count, default=12, metavar="K",
+    add("--held-out", type=at_least(2), default=12, metavar="K",
         help="never train on the last K prompts: a third validates, the rest compares")
     add("--noises", type=at_least(2), default=2, metavar="K", help="for each of those")
     add("--limit", type=number, default=0, metavar="K", help="train on the first K pairs; 0: all")
@@ -924,30 +963,36 @@ def prepare(args: Namespace) -> None:
     args.steps, args.watched = (sorted({*ns, args.student_steps}) for ns in (STEPS, WATCHED))
     args.base_model = Path(args.model).name if Path(args.model).is_absolute() else args.model
     args.folder = locate(args)
+    files = sorted(args.folder.glob("*/*.json")) + sorted(args.folder.glob("*/*.safetensors"))
+    model = args.model_print = digest([[*p.parts[-2:], file_print(p)] for p in files])
     if args.sample:
         return
     prompts, held_out = read_prompts(args)
     pairs = read_images(args.images) if args.images else [(None, prompt) for prompt in prompts]
-    pairs = [pair for pair in pairs if pair[1] not in held_out][: args.limit or None]
+    secret = {text.casefold() for text in held_out}
+    pairs = [p for p in pairs if p[1].casefold() not in secret][: args.limit or None]
     if not pairs:
         die(f"--images {args.images} has only captions that are held-out prompts")
     args.texts = list(dict.fromkeys([*held_out, *(caption for _, caption in pairs)]))
     args.pairs = [Namespace(file=file, text=args.texts.index(text)) for file, text in pairs]
     third = max(1, len(held_out) // 3)
     args.validation = list(range(third))
-    args.comparison = list(range(third, len(held_out))) or args.validation
-    files = sorted(p for p in args.folder.rglob("*") if p.suffix in (".json", ".safetensors"))
-    model = digest([[str(p.relative_to(args.folder)), file_print(p)] for p in files])
-    data = [[text, file_print(file) if file else i] for i, (file, text) in enumerate(pairs)]
+    args.comparison = list(range(third, len(held_out)))
+    drawn = [args.seed, args.shift_range, FINE, POOL_GUIDANCE]
+    data = [
+        [text, *(file_print(file) if file else (i, *drawn))] for i, (file, text) in enumerate(pairs)
+    ]
     args.keys = {
-        "text": [digest([model, text]) for text in args.texts],
-        "latent": [digest([model, args.resolution, args.seed, *item]) for item in data],
+        "text": [digest([model, args.device, TEXT_TOKENS, text]) for text in args.texts],
+        "latent": [digest([model, args.device, args.resolution, *item]) for item in data],
     }
     names = """resolution student_steps paper shift_range iterations batch accumulate learning_rate
                warmup rank layers seed stop_when_matched"""
     settings = {"model": model, "data": digest(data)}
     settings |= {name: getattr(args, name) for name in names.split()}
     settings["accumulate"] *= args.processes
+    if args.stop_when_matched:  # then these decide when it ends
+        settings["stop"] = [args.shift, args.guidance, held_out, args.noises, args.validate_every]
     args.settings = json.loads(json.dumps(settings))  # as it will be read
     args.key = digest([args.settings, args.shift, args.guidance, held_out, args.noises])
     for path in filter(Path.exists, (args.state, args.lora)):
@@ -966,9 +1011,10 @@ def distil(args: Namespace) -> dict:
     results, file = {"adapter": {}}, args.out / "results.json"
     with suppress(OSError, ValueError):
         results = json.loads(file.read_text())
-    saved = all(read_metadata(path).get("key") == args.key for path in (args.lora, args.check))
+    saved = read_metadata(args.lora).get("key") == args.key
     if not saved or results["adapter"].get("key") != args.key:
         make_cache(args)
+        saved &= read_metadata(args.check).get("key") == args.key
         if not saved:
             train(args)
         if not args.lead:
@@ -976,9 +1022,10 @@ def distil(args: Namespace) -> dict:
         if not saved:
             calibrate(args)
         results = compare(args)
-    print(f"RMSE of latents / PSNR of pictures to {FINE} steps of the teacher, held-out prompts:")
-    print(markdown(results), results["adapter"]["note"], sep="\n")
-    print(f"adapter, model card (README.md), pictures and tables in {args.out}/")
+    if args.lead:
+        print(f"RMSE of latents / PSNR of pictures to {FINE} teacher steps, held-out prompts:")
+        print(markdown(results), results["adapter"]["note"], sep="\n")
+        print(f"adapter, model card (README.md), pictures and tables in {args.out}/")
     return results
 
 
@@ -986,7 +1033,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     try:
         prepare(args)
-        render(args) if args.sample else distil(args)
+        if not args.sample:
+            distil(args)
+        elif args.lead:
+            render(args)
     except torch.OutOfMemoryError:
         die(f"out of GPU memory; {SMALLER}. What is done is kept")
     except OSError as error:

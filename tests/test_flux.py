@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,8 +58,6 @@ def args(tmp_path_factory) -> Namespace:
 
 
 def copied(folder: Path, to: Path) -> Path:
-    import shutil
-
     return Path(shutil.copytree(folder, to))
 
 
@@ -196,7 +195,7 @@ def test_what_a_run_leaves(done):
     expected = {"README.md", "comparison.png", "training.png", "log.csv", "results.json", fd.LORA}
     assert expected <= {path.name for path in done.iterdir()}
     assert [p.name for p in (done / "checkpoint").iterdir()] == ["state.safetensors"]
-    assert len(list((done / "validation").glob("*.png"))) == 2
+    assert len(list((done / "validation").glob("*.png"))) == 3
     assert not list(done.rglob(".part*"))
     rows = (done / "log.csv").read_text().splitlines()
     assert len(rows) == 5
@@ -239,7 +238,7 @@ def test_another_sampling_shift_only_calibrates_and_compares(done, tmp_path, mon
     assert changed >= {fd.LORA, "results.json", "README.md", "comparison.png"}
     assert {name for name in changed if "/" in name} == {
         "cache/check.safetensors",
-        "validation/000004.png",
+        "validation/saved.png",
     }
     assert fd.read_metadata(out / fd.LORA)["shift"] == 2
 
@@ -443,12 +442,17 @@ def test_draws_depend_on_seed_iteration_and_micro_batch_alone():
 
 
 def test_stops_when_matched_or_stalled():
-    assert fd.matched([None, 3.0, 1.04])
-    assert not fd.matched([3.0, 1.2])
-    assert not fd.matched([math.inf])
-    assert not fd.matched([-0.5])  # not learned at all
-    assert fd.matched([2.0] * 10) and not fd.matched([2.0] * 9)
-    assert not fd.matched([2 - 0.1 * i for i in range(9)])
+    def matched(*lams, rmse=0.1):
+        rows = [{"lam_3": lam, "rmse": rmse, "teacher_rmse": 0.3} for lam in lams]
+        return fd.matched(Namespace(student_steps=3), [{"loss": 1.0}, *rows])
+
+    assert matched(3.0, 1.04)
+    assert not matched(3.0, 1.2)
+    assert not matched(math.inf)
+    assert not matched(-0.5)  # not learned at all
+    assert not matched(3.0, 1.04, rmse=0.3)  # lam* of rounding noise: still the teacher
+    assert matched(*[2.0] * 10) and not matched(*[2.0] * 9)
+    assert not matched(*[2 - 0.1 * i for i in range(9)])
 
 
 def test_stop_when_matched_ends_training(tmp_path, monkeypatch):
@@ -462,6 +466,8 @@ def test_alarms():
     row = {"lam_3": 1.0, "rmse": 0.1, "teacher_rmse": 0.3}
     assert "ALARM" not in fd.verdict(args, row)
     assert "inert" in fd.verdict(args, row | {"rmse": 0.3})
+    assert "inert" in fd.verdict(args, row | {"rmse": 0.3, "lam_3": 0.1})  # of rounding noise
+    assert "overshot" in fd.verdict(args, row | {"rmse": 0.5, "lam_3": 0.3})
     assert "overshot" in fd.verdict(args, row | {"lam_3": 0.7})
     assert "inert" in fd.verdict(args, row | {"rmse": math.nan})
 
@@ -531,6 +537,32 @@ def test_other_settings_make_the_latents_anew_and_keep_the_texts(tmp_path, chang
     after = set(content(prepared(tmp_path / "out", *change).out / "cache"))
     assert before < after and {name[:4] for name in after - before} == {"late"}
     assert len(after - before) == len([name for name in before if name.startswith("late")])
+
+
+def test_cache_and_checkpoint_of_a_finished_run_can_go(done, tmp_path):
+    out = copied(done, tmp_path / "out")
+    for name in ("cache", "checkpoint"):
+        shutil.rmtree(out / name)
+    before = content(out)
+    run(out)
+    assert content(out) == before
+    says("is finished, but .* is gone", "--out", out, "--shift", 2)
+    assert (out / fd.LORA).read_bytes() == before[fd.LORA]
+
+
+def test_sample_refuses_another_model(done, tmp_path):
+    folder = edited(tmp_path, "scheduler/scheduler_config.json", base_shift=0.6)
+    says("was made for tiny_flux", "--model", folder, "--out", done, "--sample", "a red circle")
+
+
+def test_a_changed_weight_is_another_file(tmp_path):
+    (path := tmp_path / "a").write_bytes(bytes(3_000_000))
+    before = fd.file_print(path)
+    for place in (0, 1_234_567, 2_999_999):
+        path.write_bytes(bytes(place) + b"x" + bytes(2_999_999 - place))
+        assert fd.file_print(path) != before
+    path.write_bytes(bytes(3_000_001))
+    assert fd.file_print(path) != before
 
 
 @pytest.mark.parametrize("name", ["checkpoint/state.safetensors", fd.LORA])
