@@ -686,7 +686,8 @@ def calibrate(args: Namespace) -> None:
     saved, count = load_file(args.state), range(len(adapter.params))
     sets = {k: [saved[f"{k}.{i}"].to(args.device) for i in count] for k in ("student", "slow")}
     validation = Validation(args, adapter)
-    name = min(sets, key=lambda name: validation.search(sets[name], N))
+    found = {name: validation.search(sets[name], N) for name in sets}
+    name = min(found, key=found.get)
     scales = {n: validation.search(sets[name], n)[1] for n in tqdm(args.steps, "calibrate")}
     metadata = {
         "base_model": args.base_model, "student_steps": N, "scales": scales, "shift": args.shift,

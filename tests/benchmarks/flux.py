@@ -20,7 +20,8 @@ import torch
 import flux_distill as fd
 
 TINY = Path(__file__).parents[1] / "tiny_flux"
-DEMO = "FLAGS"
+DEMO = """--resolution 32 --shift 1 --shift-range 1 1 --iterations 400 --batch 64
+          --learning-rate 1e-3 --no-checkpointing --noises 8"""
 RUNS = {"all pairs": "", "ten pairs": "--limit 10", "the paper's windows": "--paper"}
 STEPS = (2, 3, 4, 6, 8, 9, 12)
 
@@ -31,7 +32,7 @@ def measure(out: Path, run: str, seed: int) -> dict[tuple[str, int], dict]:
     fd.STEPS = STEPS
     folder = out / f"{run.replace(' ', '-')}-{seed}"
     paths = ["--model", TINY, "--prompts", TINY / "prompts.txt", "--out", folder]
-    more = [*DEMO.split(), *RUNS[run].split(), "--noises", 8, "--seed", seed]
+    more = [*DEMO.split(), *RUNS[run].split(), "--seed", seed]
     args = fd.parse([str(word) for word in (*paths, *more)])
     fd.prepare(args)
     results = fd.distil(args)
