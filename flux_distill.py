@@ -94,7 +94,7 @@ def rms(x: Tensor) -> float:
 def atomic(path: Path):
     """Write to the path that this yields: it becomes `path` whole, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{os.getpid()}-{path.name}")
+    part = path.with_name(f".part-{os.environ.get('RANK', 0)}-{path.name}")
     try:
         yield part
         with open(part, "rb+") as file:
@@ -352,7 +352,7 @@ def make_cache(args: Namespace) -> None:
     make = {"text": encode_text, "latent": encode_image if args.images else sample_teacher}
     for kind, keys in args.keys.items():
         starts = range(0, len(keys), args.batch)[args.process :: args.processes]
-        for start in tqdm(starts, f"cache: {kind}s", unit="batch", disable=not args.lead):
+        for start in tqdm(starts, f"cache: {kind}s", unit="batch", **args.quiet):
             rows = range(len(keys))[start : start + args.batch]
             paths = [entry(args, kind, i) for i in rows]
             bad = [p for p, i in zip(paths, rows) if read_metadata(p).get("key") != keys[i]]
@@ -543,7 +543,7 @@ def train(args: Namespace) -> None:
         latent = read(args, "latent", [i])["latent"][0].cpu()
         pool.setdefault(latent.shape[:2], []).append((pair.text, latent.flatten(0, 1)))
     span, share = range(len(rows) + 1, args.iterations + 1), 1 / (args.accumulate * args.processes)
-    bar = tqdm(span, "train", initial=len(rows), total=args.iterations, disable=not args.lead)
+    bar = tqdm(span, "train", initial=len(rows), total=args.iterations, **args.quiet)
     with interruptible() as asked:
         for iteration in bar:
             # Passes share U, evenly spread: they have as many teacher rows as one large batch.
@@ -656,18 +656,17 @@ def write_log(args: Namespace, rows: list[dict]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
     lines = [names, *([row.get(name, "") for name in names] for row in rows)]
     write_text(args.out / "log.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
-    lams = [f"lam_{n}" for n in args.watched]
     panels = {"loss": ["teacher_loss", "self_loss"], "|student - target| / |target|": ["residual"]}
-    panels["lam*; 1: matched, less: overshot"] = lams
-    figure, span = Figure((13, 3.8), layout="constrained"), max(1, len(rows) // 40)
+    panels["lam* of N steps; 1: matched, less: overshot"] = [f"lam_{n}" for n in args.watched]
+    figure = Figure((13, 3.8), layout="constrained")
     for axis, (title, names) in zip(figure.subplots(1, 3), panels.items()):
         for name in names:
             kept = [r for r in rows if math.isfinite(r.get(name, math.nan))]
-            few = [kept[i : i + (1 if names is lams else span)] for i in range(0, len(kept), span)]
+            span = max(1, len(kept) // 40)  # a point is the mean of so many rows
+            few = [kept[i : i + span] for i in range(0, len(kept), span)]
             y = [sum(r[name] for r in some) / len(some) for some in few]
             axis.plot([some[-1]["iteration"] for some in few], y, ".-", label=name)
-        axis.set(title=title, xlabel="iteration", yscale="log")
-        axis.yaxis.set_major_formatter("{x:g}")
+        axis.set(title=title, xlabel="iteration")
         axis.legend(frameon=False)
     axis.axhline(1, color="black", lw=0.8)
     with atomic(args.out / "training.png") as part:
@@ -813,17 +812,18 @@ adapter of {base_model} it inherits that model's licence.
 *Same noise in each column; prompts that were not trained on, not selected.*
 
 ```python
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
 pipe = FluxPipeline.from_pretrained("{base_model}", dtype=torch.{dtype})
 pipe.load_lora_weights("{out}", weight_name="{lora}", adapter_name="scfm")
 pipe.set_adapters("scfm", {scale})
 pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
     pipe.scheduler.config, use_dynamic_shifting=False, shift={shift})
 image = pipe("PROMPT", num_inference_steps={student_steps}, guidance_scale={guidance},
-             height={resolution}, width={resolution},
-             max_sequence_length={max_sequence_length}).images[0]
+             height={resolution}, width={resolution}, max_sequence_length={max_sequence_length}).images[0]
 ```
 
-with `import torch` and `from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline`.
 Scale for each number of steps: {scales}.
 
 ## Measured
@@ -834,8 +834,8 @@ prompts. Two seeds of the teacher are {seed_to_seed:.3f} apart. Scaled: by the l
 {table}
 
 Saved: the {weights}, after {iterations} iterations. On the validation prompts, at scale 1,
-{note}. A fresh diffusers pipeline with the file repeats the latents of training
-to {self_check:.0e} of their size; other tools are untested.
+{note}. In a fresh diffusers pipeline the file gives the latents of
+training, relative difference {self_check:.1g}; other tools are untested.
 
 ## Settings
 
@@ -952,6 +952,7 @@ def prepare(args: Namespace) -> None:
     args.device, args.loaded = "cuda" if torch.cuda.is_available() else "cpu", (None, None)
     args.process, args.processes = (int(os.environ.get(k, d)) for k, d in TORCHRUN.items())
     args.lead = args.process == 0  # the one that validates and writes
+    args.quiet = {} if args.lead else {"disable": True}
     if args.processes > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

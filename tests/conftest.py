@@ -19,3 +19,17 @@ torch.set_num_threads(1)  # tests are small: threads would wait for each other o
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also the tests that take minutes")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; runs with --slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items if not config.getoption("--slow") else ():
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="runs with --slow"))

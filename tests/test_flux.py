@@ -249,11 +249,9 @@ def test_the_model_card_and_its_snippet(done, monkeypatch):
     assert head["license"] == "other"
     assert str(TINY.parent) not in text  # no path of this machine
     snippet = text.split("```python\n")[1].split("```")[0]
-    assert len(snippet.split("\n")) < 12
     monkeypatch.chdir(done.parent)
     snippet = snippet.replace('"tiny_flux"', repr(str(TINY))).replace("PROMPT", "a red circle")
     names = {}
-    exec("import torch\nfrom diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline", names)
     exec(snippet, names)
     assert names["image"].size == (32, 32)
     assert_close(names["pipe"].scheduler.sigmas, sc.time_grid(3, 3.0), rtol=0, atol=1e-6)

@@ -1,0 +1,115 @@
+"""What a run of flux_distill.py survives: several processes, lost ones, SIGKILL at any moment."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+from test_flux import SMALL, content, fd, run, same_run
+
+PATIENCE = 300  # seconds for a whole run on a busy machine
+
+# A process that leaves its three weight sets behind, as they are after the last iteration.
+SPY = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch
+torch.set_num_threads(1)
+import flux_distill as fd
+from safetensors.torch import save_file
+fd.FINE, fd.STEPS, fd.WATCHED = 8, (3,), (3,)
+kept, update = {{}}, fd.sc.update_ema
+def keep(ema, weights, decay):
+    update(ema, weights, decay)
+    kept[decay], kept["student"] = ema, weights
+    {then}
+fd.sc.update_ema = keep
+fd.main(sys.argv[1:])
+tensors = {{f"{{k}}.{{i}}": w.detach().clone() for k, ws in kept.items() for i, w in enumerate(ws)}}
+save_file(tensors, {folder!r} + "/rank" + os.environ["RANK"] + ".safetensors")
+"""
+
+
+def torchrun(tmp_path, *more, then="pass"):
+    """Two processes on tmp_path/out; what became of them."""
+    root = os.path.dirname(fd.__file__)
+    (script := tmp_path / "spy.py").write_text(
+        SPY.format(root=root, folder=str(tmp_path), then=then)
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script]
+    command += [*SMALL.split(), "--out", tmp_path / "out", *more]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=PATIENCE)
+
+
+def test_two_processes_agree_and_follow_one_that_accumulates(tmp_path):
+    done = torchrun(tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [load_file(tmp_path / f"rank{i}.safetensors") for i in range(2)]
+    assert ranks[0].keys() == ranks[1].keys()
+    assert all(torch.equal(x, ranks[1][name]) for name, x in ranks[0].items())
+    run(tmp_path / "one", "--accumulate", 2)
+    ours, theirs = (
+        fd.read_metadata(tmp_path / name / "checkpoint/state.safetensors")["rows"]
+        for name in ("out", "one")
+    )
+    for row, other in zip(ours, theirs, strict=True):
+        for name in ("loss", "teacher_loss", "self_loss", "residual", "gradient_norm"):
+            assert row[name] == pytest.approx(other[name], rel=1e-4)
+    two, one = (
+        load_file(tmp_path / name / "checkpoint/state.safetensors") for name in ("out", "one")
+    )
+    moved = [(two[n] - one[n]).norm() for n in one if n.startswith("slow")]
+    assert max(moved) < 1e-3 * max(one[n].norm() for n in one if n.startswith("slow"))
+    # One process may go on where two stopped, and the other way round: the settings are the same.
+    assert fd.read_metadata(tmp_path / "out" / fd.LORA)["settings"] == fd.read_metadata(
+        tmp_path / "one" / fd.LORA
+    )["settings"]  # fmt: skip
+    assert not list((tmp_path / "out").rglob(".part*"))
+
+
+def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path):
+    then = "len(kept) == 3 and os.environ['RANK'] == '1' and os._exit(9)"
+    done = torchrun(tmp_path, "--checkpoint-every", 1, then=then)
+    assert done.returncode != 0
+    assert "lost another one" in done.stderr and "goes on from the last checkpoint" in done.stderr
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_moments_it_ends_as_if_undisturbed(tmp_path):
+    """SIGKILL in all phases; every file is whole at every moment, and nothing is lost."""
+    (script := tmp_path / "quick.py").write_text(
+        SPY.split("kept, update")[0].format(root=os.path.dirname(fd.__file__))
+        + "fd.main(sys.argv[1:])\n"
+    )
+    flags = [*SMALL.split(), "--iterations", "12", "--checkpoint-every", "1"]
+
+    def start(out):
+        command = [sys.executable, str(script), *flags, "--out", str(out)]
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return subprocess.Popen(command, start_new_session=True, **quiet)
+
+    began = time.time()
+    assert start(tmp_path / "calm").wait(PATIENCE) == 0
+    length, chance, kills = time.time() - began, random.Random(0), 0
+    while kills < 20:
+        process, moment = start(tmp_path / "out"), chance.uniform(0.4, 1.0) * length
+        try:
+            assert process.wait(moment) == 0  # through before it was killed: begin anew
+            assert same_run(tmp_path / "out", tmp_path / "calm")
+            subprocess.run(["rm", "-r", str(tmp_path / "out")], check=True)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+        for path in (tmp_path / "out").rglob("[!.]*.safetensors"):
+            assert load_file(path) is not None
+    assert start(tmp_path / "out").wait(PATIENCE) == 0
+    assert same_run(tmp_path / "out", tmp_path / "calm")
+    assert content(tmp_path / "out").keys() == content(tmp_path / "calm").keys()
