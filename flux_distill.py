@@ -821,7 +821,8 @@ pipe.set_adapters("scfm", {scale})
 pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
     pipe.scheduler.config, use_dynamic_shifting=False, shift={shift})
 image = pipe("PROMPT", num_inference_steps={student_steps}, guidance_scale={guidance},
-             height={resolution}, width={resolution}, max_sequence_length={max_sequence_length}).images[0]
+             max_sequence_length={max_sequence_length},
+             height={resolution}, width={resolution}).images[0]
 ```
 
 Scale for each number of steps: {scales}.
