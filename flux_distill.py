@@ -22,6 +22,7 @@ from argparse import RawDescriptionHelpFormatter as RawFormatter
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ MAX_GUIDANCE, POOL_GUIDANCE = 8.0, 3.5  # training draws it from [0, 8]; for wha
 TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1}  # what it sets, and what holds without it
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 SMALLER = """what helps, in this order: gradient checkpointing (no --no-checkpointing), --batch 4 \
---accumulate 2 (down to --batch 1), --rank 16, --layers blocks, --resolution 256"""
+--accumulate 2 (down to --batch 1), --rank 16, --quantize int8, --layers blocks, --resolution 256"""
 PROMPTS = """a red fox asleep in fresh snow, soft morning light; a bowl of ramen, seen from above
 an old fisherman mending a net, black and white; a lighthouse on a cliff in a storm, oil painting
 a hand-painted shop sign that says "FRESH BREAD"; a city street at night in the rain, neon lights
@@ -184,7 +185,8 @@ def check_memory(args: Namespace, config: dict) -> None:
     blocks, width = len([*net.transformer_blocks, *net.single_transformer_blocks]), 2 if gpu else 4
     kept = blocks + 45 if args.checkpointing else 28 * blocks  # activations a token, of its width
     tokens = args.batch * (math.prod(args.size) + TEXT_TOKENS)
-    need = width * (parameters + tokens * kept * net.inner_dim) + lora * (6 * 4 + 2 * width)
+    base = parameters * (1 if args.quantize else width)
+    need = base + width * tokens * kept * net.inner_dim + lora * (6 * 4 + 2 * width)
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     have = torch.cuda.get_device_properties(0).total_memory if gpu else have
     if need > have:
@@ -202,8 +204,11 @@ def load(args: Namespace, part: str) -> FluxPipeline:
     free_memory()
     absent = {"text": ("transformer", "vae"), "all": ()}.get(part, TEXT_SIDE)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    more = dict.fromkeys(absent)
+    if args.quantize and part != "text":
+        more["quantization_config"] = int8()
     try:
-        pipe = FluxPipeline.from_pretrained(args.folder, dtype=dtype, **dict.fromkeys(absent))
+        pipe = FluxPipeline.from_pretrained(args.folder, dtype=dtype, **more)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -216,6 +221,15 @@ def load(args: Namespace, part: str) -> FluxPipeline:
     set_shift(pipe, args.shift)
     args.loaded = (part, pipe)
     return pipe
+
+
+def int8():
+    """Weights of the transformer in int8 (torchao); computing and LoRA as without it."""
+    from diffusers import PipelineQuantizationConfig, TorchAoConfig
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    mapping = {"transformer": TorchAoConfig(Int8WeightOnlyConfig())}
+    return PipelineQuantizationConfig(quant_mapping=mapping)
 
 
 def set_shift(pipe: FluxPipeline, shift: float) -> None:
@@ -929,6 +943,7 @@ def parse(argv: list[str] | None) -> Namespace:
         help="linear layers with a LoRA; blocks: attention and feed-forward")
     add("--no-checkpointing", action="store_false", dest="checkpointing",
         help="keep activations: a fifth faster, several times the memory")
+    add("--quantize", choices=("int8",), help="frozen base in int8, half as large; by torchao")
     add("--seed", type=int, default=0, help="of all that is drawn")
     add("--validate-every", type=count, default=100, metavar="K", help="iterations")
     add("--checkpoint-every", type=count, default=100, metavar="K", help="iterations")
@@ -940,6 +955,8 @@ def parse(argv: list[str] | None) -> Namespace:
     settings = dict(slow_decay=min(0.999, slow), fast_decay=min(0.99, fast))
     if not args.paper:
         settings |= {"student_steps": args.student_steps, "teacher_ratio": None}
+    if args.quantize and not find_spec("torchao"):
+        parser.error("--quantize int8 needs torchao: pip install torchao")
     try:
         args.config = sc.ShortcutConfig(shift_range=args.shift_range, **settings)
         args.out.mkdir(parents=True, exist_ok=True)
@@ -981,7 +998,7 @@ def prepare(args: Namespace) -> None:
     third = max(1, len(held_out) // 3)
     args.validation = list(range(third))
     args.comparison = list(range(third, len(held_out)))
-    drawn = [args.seed, args.shift_range, FINE, POOL_GUIDANCE]
+    drawn = [args.seed, args.shift_range, args.quantize, FINE, POOL_GUIDANCE]
     data = [
         [text, *(file_print(file) if file else (i, *drawn))] for i, (file, text) in enumerate(pairs)
     ]
@@ -990,7 +1007,7 @@ def prepare(args: Namespace) -> None:
         "latent": [digest([model, args.device, args.resolution, *item]) for item in data],
     }
     names = """resolution student_steps paper shift_range iterations batch accumulate learning_rate
-               warmup rank layers seed stop_when_matched"""
+               warmup rank layers quantize seed stop_when_matched"""
     settings = {"model": model, "data": digest(data)}
     settings |= {name: getattr(args, name) for name in names.split()}
     settings["accumulate"] *= args.processes

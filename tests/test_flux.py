@@ -771,6 +771,13 @@ def test_error_prompts(tmp_path):
     says("2 different lines", "--prompts", tmp_path / "few.txt", "--out", tmp_path)
 
 
+def test_error_no_torchao(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fd, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--quantize", "int8")
+    assert "needs torchao: pip install torchao" in capsys.readouterr().err
+
+
 def test_error_images(tmp_path):
     says("--images nowhere is no folder", "--images", "nowhere", "--out", tmp_path)
 

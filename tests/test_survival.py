@@ -1,5 +1,6 @@
 """What a run of flux_distill.py survives: several processes, lost ones, SIGKILL at any moment."""
 
+import json
 import os
 import random
 import signal
@@ -113,3 +114,23 @@ def test_killed_at_twenty_moments_it_ends_as_if_undisturbed(tmp_path):
     assert start(tmp_path / "out").wait(PATIENCE) == 0
     assert same_run(tmp_path / "out", tmp_path / "calm")
     assert content(tmp_path / "out").keys() == content(tmp_path / "calm").keys()
+
+
+@pytest.mark.slow
+def test_an_int8_base_closes_nine_tenths_of_the_gap(tmp_path):
+    """How much nearer than the teacher the student ends: with an int8 base against without."""
+    pytest.importorskip("torchao")
+    flags = ["--iterations", 100, "--batch", 32, "--rank", 16, "--shift", 1, "--shift-range", 1, 1]
+    flags += ["--held-out", 12, "--limit", 0, "--no-checkpointing", "--noises", 8]
+    flags += ["--validate-every", 100, "--checkpoint-every", 100]
+    for name, more in (("float32", []), ("int8", ["--quantize", "int8"])):
+        run(tmp_path / name, *flags, *more)
+    results = {}
+    for name in ("float32", "int8"):
+        results[name] = json.loads((tmp_path / name / "results.json").read_text())["table"]
+    ends = {
+        name: {(row["sampler"], row["steps"]): row["rmse"] for row in table}
+        for name, table in results.items()
+    }
+    gaps = {name: end["teacher", 3] - end["student", 3] for name, end in ends.items()}
+    assert gaps["int8"] > 0.9 * gaps["float32"] > 0.9 * 0.3 * ends["float32"]["teacher", 3]
