@@ -403,8 +403,8 @@ def test_accumulation_averages_and_keeps_one_ema_update_a_step(tmp_path, monkeyp
 
 
 def test_averages_follow_the_student_in_float32(tmp_path):
-    tensors, _ = train(tmp_path / "out", "--iterations", 30, "--checkpoint-every", 30,
-                       "--validate-every", 30)  # fmt: skip
+    tensors, _ = train(tmp_path / "out", "--iterations", 60, "--checkpoint-every", 60,
+                       "--validate-every", 60)  # fmt: skip
     assert {x.dtype for x in tensors.values()} == {torch.float32}
     names = [n.split(".")[1] for n in tensors if n.startswith("student.")]
     start, _ = train(tmp_path / "start", "--iterations", 1, "--learning-rate", 1e-9)

@@ -26,10 +26,11 @@ torch.set_num_threads(1)
 import flux_distill as fd
 from safetensors.torch import save_file
 fd.FINE, fd.STEPS, fd.WATCHED = 8, (3,), (3,)
-kept, update = {{}}, fd.sc.update_ema
+kept, calls, update = {{}}, [], fd.sc.update_ema
 def keep(ema, weights, decay):
     update(ema, weights, decay)
-    kept[decay], kept["student"] = ema, weights
+    calls.append(decay)
+    kept[("fast", "slow")[len(calls) % 2]], kept["student"] = ema, weights
     {then}
 fd.sc.update_ema = keep
 fd.main(sys.argv[1:])
@@ -53,6 +54,7 @@ def test_two_processes_agree_and_follow_one_that_accumulates(tmp_path):
     done = torchrun(tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [load_file(tmp_path / f"rank{i}.safetensors") for i in range(2)]
+    assert {name.split(".")[0] for name in ranks[0]} == {"student", "fast", "slow"}
     assert ranks[0].keys() == ranks[1].keys()
     assert all(torch.equal(x, ranks[1][name]) for name, x in ranks[0].items())
     run(tmp_path / "one", "--accumulate", 2)
@@ -76,7 +78,7 @@ def test_two_processes_agree_and_follow_one_that_accumulates(tmp_path):
 
 
 def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path):
-    then = "len(kept) == 3 and os.environ['RANK'] == '1' and os._exit(9)"
+    then = "len(calls) == 3 and os.environ['RANK'] == '1' and os._exit(9)"
     done = torchrun(tmp_path, "--checkpoint-every", 1, then=then)
     assert done.returncode != 0
     assert "lost another one" in done.stderr and "goes on from the last checkpoint" in done.stderr
@@ -86,7 +88,7 @@ def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path):
 def test_killed_at_twenty_moments_it_ends_as_if_undisturbed(tmp_path):
     """SIGKILL in all phases; every file is whole at every moment, and nothing is lost."""
     (script := tmp_path / "quick.py").write_text(
-        SPY.split("kept, update")[0].format(root=os.path.dirname(fd.__file__))
+        SPY.split("kept, calls")[0].format(root=os.path.dirname(fd.__file__))
         + "fd.main(sys.argv[1:])\n"
     )
     flags = [*SMALL.split(), "--iterations", "12", "--checkpoint-every", "1"]
