@@ -30,7 +30,7 @@ kept, calls, update = {{}}, [], fd.sc.update_ema
 def keep(ema, weights, decay):
     update(ema, weights, decay)
     calls.append(decay)
-    kept[("fast", "slow")[len(calls) % 2]], kept["student"] = ema, weights
+    kept[("slow", "fast")[len(calls) % 2]], kept["student"] = ema, weights
     {then}
 fd.sc.update_ema = keep
 fd.main(sys.argv[1:])
