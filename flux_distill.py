@@ -829,7 +829,7 @@ adapter of {base_model} it inherits that model's licence.
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
-pipe = FluxPipeline.from_pretrained("{base_model}", dtype=torch.{dtype})
+pipe = FluxPipeline.from_pretrained("{base_model}", dtype=torch.{dtype}).to("{device}")
 pipe.load_lora_weights("{out}", weight_name="{lora}", adapter_name="scfm")
 pipe.set_adapters("scfm", {scale})
 pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
@@ -866,8 +866,8 @@ def card(args: Namespace, results: dict) -> str:
     return CARD.format(**results | adapter | {
         "scale": adapter["scales"][adapter["student_steps"]], "scales": scales, "list": settings,
         "license_name": "flux-1-dev-non-commercial-license" if dev else "that-of-the-base-model",
-        "dtype": "bfloat16" if args.device == "cuda" else "float32", "table": markdown(results),
-        "lora": LORA, "fine": FINE, "out": args.out.resolve().name,
+        "dtype": "bfloat16" if args.device == "cuda" else "float32", "device": args.device,
+        "table": markdown(results), "lora": LORA, "fine": FINE, "out": args.out.resolve().name,
     })  # fmt: skip
 
 
