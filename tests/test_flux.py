@@ -413,6 +413,43 @@ def test_averages_follow_the_student_in_float32(tmp_path):
     assert 0 < far["slow"] < far["fast"] < far["student"]
 
 
+def test_each_role_has_its_own_weights(tmp_path, monkeypatch):
+    """The student is what the optimizer moves; each average is what its own decay updates."""
+    args, roles, updated = prepared(tmp_path / "out", "--iterations", 60), {}, {}
+    velocity, loss, update = fd.Adapter.velocity, sc.shortcut_loss, sc.update_ema
+    adam, moved = torch.optim.AdamW, []
+
+    def tagged(self, weights, *more):
+        result = velocity(self, weights, *more)
+        result.weights = weights
+        return result
+
+    def seen(*more, **named):
+        if updated:
+            raise ZeroDivisionError  # one iteration is enough
+        roles.update({name: named[name].weights for name in ("student", "fast", "slow", "teacher")})
+        return loss(*more, **named)
+
+    def updates(ema, weights, decay):
+        assert weights is roles["student"]
+        updated[decay] = ema
+        update(ema, weights, decay)
+
+    monkeypatch.setattr(fd.Adapter, "velocity", tagged)
+    monkeypatch.setattr(fd.sc, "shortcut_loss", seen)
+    monkeypatch.setattr(fd.sc, "update_ema", updates)
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda p, *a, **k: moved.append(p) or adam(p, *a, **k)
+    )
+    with pytest.raises(ZeroDivisionError):
+        fd.train(args)
+    assert roles["student"] is moved[0] and roles["teacher"] is None
+    assert args.config.fast_decay < args.config.slow_decay
+    assert roles["fast"] is updated[args.config.fast_decay]
+    assert roles["slow"] is updated[args.config.slow_decay]
+    assert roles["student"] is not roles["fast"] is not roles["slow"]
+
+
 def test_memories_fit_the_length_of_the_run():
     for iterations in (1, 60, 3000, 100_000):
         config = fd.parse(["--iterations", str(iterations), "--out", "/tmp"]).config
