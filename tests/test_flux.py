@@ -479,6 +479,13 @@ def test_draws_depend_on_seed_iteration_and_micro_batch_alone():
     assert torch.rand(3, generator=fd.keyed(*keys[0])).tolist() == draws[0]
 
 
+def test_every_pass_of_every_iteration_draws_anew(tmp_path, monkeypatch):
+    seeds, draw = [], fd.draw_batch
+    monkeypatch.setattr(fd, "draw_batch", lambda *a: seeds.append(a[2].initial_seed()) or draw(*a))
+    train(tmp_path / "out", "--accumulate", 2, "--iterations", 3)
+    assert len(seeds) == len(set(seeds)) == 6
+
+
 def test_stops_when_matched_or_stalled():
     def matched(*lams, rmse=0.1):
         rows = [{"lam_3": lam, "rmse": rmse, "teacher_rmse": 0.3} for lam in lams]
