@@ -86,7 +86,7 @@ def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_twenty_moments_it_ends_as_if_undisturbed(tmp_path):
-    """SIGKILL in all phases; every file is whole at every moment, and nothing is lost."""
+    """SIGKILL at random moments of a run: files stay whole, the final weights are the same."""
     (script := tmp_path / "quick.py").write_text(
         SPY.split("kept, calls")[0].format(root=os.path.dirname(fd.__file__))
         + "fd.main(sys.argv[1:])\n"
