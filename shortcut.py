@@ -11,17 +11,18 @@ every conditioning tensor batched on dim 0. It is given x and t in float32 (floa
 and casts them to what its network wants: bfloat16 rounds t by up to 0.004, and the windows below
 are as narrow as 0.011.
 
-A batch has teacher rows, which learn from a frozen teacher, and self rows, which learn from moving
-averages of the student. A student's look-ahead is how far further down the path its velocity is the
-teacher's; README.md explains it. Fusion is training from scratch, where data replace the teacher.
+A batch has teacher rows, whose first velocity is a frozen teacher's, and self rows, which learn
+from moving averages of the student alone. A student's look-ahead is how far further down the path
+its velocity is the teacher's. Matched windows, which are ours, give it the look-ahead that a
+sampler of N steps wants. Fusion is training from scratch, where data replace the teacher.
 
-Equation and algorithm numbers are the paper's. (A) and (B) are ours; README.md derives them.
+Equation and algorithm numbers are the paper's. (A) and (B) are ours: README.md derives them.
 """
 
 from collections import namedtuple
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -70,7 +71,7 @@ class ShortcutConfig:
     """
 
     grid_steps: int = 32  # n, the teacher's own steps; the paper's windows lie on its grid
-    teacher_ratio: float | None = 0.4  # rho, share of teacher rows; None: student_steps sets it
+    teacher_ratio: float | None = 0.4  # rho, share of teacher rows; None: all, if student_steps
     strides: tuple[int, ...] = (2, 4, 8)  # half the window of a self row, in grid steps
     shift_range: tuple[float, float] = (2.5, 4.5)  # s ~ U[low, high] (Eq. 17), drawn per row
     dual: bool = True  # Algorithm 2; False: vanilla, Algorithm 1
@@ -91,7 +92,8 @@ class ShortcutConfig:
             _require(rho is not None and 0 <= rho <= 1, f"teacher_ratio={rho} must lie in [0, 1]")
         else:
             _require(1 <= N <= half, f"student_steps={N} must lie in [1, grid_steps/2 = {half:g}]")
-            _require(rho is None, f"teacher_ratio={rho} must be None: student_steps={N} sets it")
+            _require(rho is None, f"teacher_ratio={rho} must be None where student_steps={N}")
+            _require(self.dual, f"dual={self.dual} must be True where student_steps={N}")
 
     @classmethod
     def for_steps(cls, student_steps: int, shift: float | None = None, **settings):
@@ -109,11 +111,6 @@ class ShortcutConfig:
         dual = 1 / self.grid_steps + (1 - rho) / rho * mean_d if rho else float("inf")
         return 1 / (2 * N) if (N := self.student_steps) else dual if self.dual else dual / 2
 
-    def teacher_share(self, fusion: bool = False) -> float:
-        """Expected share of teacher rows: rho, or m / (1 + m) for matched odds of mean m."""
-        m = self.student_steps and matched_odds(self, fusion).mean().item()
-        return m / (1 + m) if m else self.teacher_ratio
-
 
 # ------------------------------------------------------------------------------------------ windows
 
@@ -122,27 +119,21 @@ class ShortcutConfig:
 Windows = namedtuple("Windows", "t t_mid t_end teacher_rows")
 
 
-@lru_cache
-def matched_odds(config: ShortcutConfig, fusion: bool = False) -> Tensor:
-    """Odds (n,) of teacher to self rows at u = 1/n, ..., 1: (A) solved for L = L*, clamped."""
-    n, N, shift = config.grid_steps, config.student_steps, sum(config.shift_range) / 2
-    u = torch.arange(1, n + 1, dtype=torch.float64) / n
+def matched_end(config: ShortcutConfig, t: Tensor, t_mid: Tensor) -> Tensor:
+    """End (B,) of a window from t over t_mid (B,) that teaches the wanted look-ahead L*.
 
-    def wanted(u):  # L*(u), half of the N-step sampler's coming step
-        return (shift_time(u, shift) - shift_time((u - 1 / N).clamp(min=0), shift)) / 2
+    Its target is w v_teacher(t) + (1 - w) v(t_mid), w = (t - t_mid) / (t - t_end). So the student
+    looks ahead by L(t) = (1 - w) (L(t_mid) + t - t_mid) (A). Times may be of any shift. Near the
+    data the end is below 0, by a step at most: no network sees it, it only sets the weight.
+    """
+    shift = sum(config.shift_range) / 2
 
-    def window(stride):  # w, weight of the first velocity; t(u) - t(u - d); L*(u - d)
-        d = (u / 2).clamp(max=stride / n)
-        t, t_mid, t_end = (shift_time(u - j * d, shift) for j in (0, 1, 2))
-        return (t - t_mid) / (t - t_end), t - t_mid, wanted(u - d)
+    def wanted(t):  # L*(t), half of the N-step sampler's coming step
+        u = shift_time(t, 1 / shift) - 1 / config.student_steps
+        return (t - shift_time(u.clamp(min=0), shift)) / 2
 
-    w, step, ahead = (torch.stack(column) for column in zip(*map(window, config.strides)))
-    F, W = ((1 - w) * (step + ahead)).mean(0), w.mean(0)  # a self row's look-ahead: F + W L
-    w, step, ahead = window(1)
-    G = (1 - w) * (step + config.dual * ahead) * (not fusion)  # a teacher row's
-    # (A), L = rho G + (1 - rho) (F + W L), solved for rho at L = L*
-    rho = ((F + W * wanted(u) - wanted(u)) / (F + W * wanted(u) - G)).clamp(0.05, 0.95)
-    return rho / (1 - rho)
+    w = 1 - wanted(t) / (wanted(t_mid) + t - t_mid)  # (A) solved for w at L = L*
+    return t - (t - t_mid) / w
 
 
 def sample_windows(
@@ -150,26 +141,25 @@ def sample_windows(
 ) -> Windows:
     """Random windows: Algorithms 1, 2, or matched if `student_steps`; `fusion`: without a teacher.
 
-    The first k = floor(share B + U) rows are the teacher's: exact in expectation for every B. On
+    The first k = floor(rho B + U) rows are the teacher's: exact in expectation for every B. On
     several processes pass the same U, uniform in [0, 1): all make equally many network calls.
-    The windows are on the generator's device.
+    Matched, all are the teacher's. The windows are on the generator's device.
     """
     n, matched, (low, high) = config.grid_steps, config.student_steps, config.shift_range
     rand = partial(torch.rand, generator=generator, device=generator and generator.device)
-    k = int(config.teacher_share(fusion) * batch + (rand(1).item() if U is None else U))
+    U = rand(1).item() if U is None else U
+    k = batch if matched else int(config.teacher_ratio * batch + U)
     choice = (rand(batch) * len(config.strides)).long()
     stride = torch.tensor(config.strides).to(choice)[choice]
     stride[:k] = 1
     lowest = torch.ones_like(stride) if matched else 2 * stride  # from here a window fits
     start = lowest + (rand(batch) * (n + 1 - lowest)).floor()
-    if matched:
-        odds = matched_odds(config, fusion).to(start)
-        start[:k] = 1.0 + torch.multinomial(odds, batch, True, generator=generator)[:k]
-    elif fusion:
+    if fusion:
         start[:k] = n * (1 - rand(k))  # flow matching needs no grid: u ~ U(0, 1]
-    u, d = start / n, torch.minimum(stride, start / 2) / n  # what does not fit is cut
+    u = [(start - j * stride).clamp(min=0) / n for j in (0, 1, 2)]
     shift = low + (high - low) * rand(batch)
-    return Windows(*(shift_time((u - j * d).clamp(min=0), shift) for j in (0, 1, 2)), k)
+    t, t_mid, t_end = (shift_time(x, shift) for x in u)
+    return Windows(t, t_mid, matched_end(config, t, t_mid) if matched else t_end, k)
 
 
 # -------------------------------------------------------------------------------- target, loss, EMA
@@ -191,7 +181,8 @@ def shortcut_target(first: Velocity, second: Velocity, x_t: Tensor, windows: Win
 
 def shortcut_loss(
     config: ShortcutConfig, windows: Windows, x_0: Tensor, noise: Tensor, *, student: Velocity,
-    fast: Velocity, slow: Velocity | None = None, teacher: Velocity | None = None, **cond: Tensor,
+    fast: Velocity | None = None, slow: Velocity | None = None, teacher: Velocity | None = None,
+    **cond: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Loss (Eq. 13) of data x_0 and noise (B, ...), and scalars to log. fast, slow: the EMAs.
 
@@ -200,6 +191,9 @@ def shortcut_loss(
         vanilla   teacher, teacher    slow, slow       (Algorithm 1)
         fusion    noise - x_0         fast, fast       no teacher: training from scratch
 
+    Matched windows have teacher rows alone, as in dual, and need no fast; in fusion theirs are
+    noise - x_0, fast.
+
     The student comes last, so that all four may be one network whose weights are swapped. Log:
     teacher_loss and self_loss (nan without such rows), residual = |v_student - target| / |target|.
     """
@@ -207,9 +201,12 @@ def shortcut_loss(
     for name, value in {"windows": windows.t, **cond}.items():
         _require(len(value) == len(x_0), f"{name} has {len(value)} rows, must have {len(x_0)}")
     _require(teacher is None or slow is not None, "slow=None must be given where a teacher is")
+    alone = teacher is not None and config.student_steps
+    _require(fast is not None or alone, "fast=None must be given but for matched windows")
     k, x_t = windows.teacher_rows, interpolate(x_0, noise, windows.t)
     if teacher is None:
-        first = second = partial(_split, k, lambda *_, **__: (_wide(noise) - _wide(x_0))[:k], fast)
+        first = partial(_split, k, lambda *_, **__: (_wide(noise) - _wide(x_0))[:k], fast)
+        second = fast if config.student_steps else first
     elif config.dual:
         first, second = partial(_split, k, teacher, fast), slow
     else:

@@ -194,6 +194,24 @@ def test_ablations_base_target_is_the_shipped_one(pair):
         assert_close((student(x_t, windows.t) - target).square().mean(), loss, rtol=1e-4, atol=0)
 
 
+def test_equal_halves_have_the_wanted_lookahead_and_next_stops_are_the_samplers():
+    import ablations
+
+    config, means = sc.ShortcutConfig.for_steps(3, 1.0), []
+    t, t_mid, t_end, k = ablations.equal_halves(config, 200_000, seeded())
+    assert abs(k / 200_000 - 0.467) < 1e-3
+    assert_close(t - t_mid, t_mid - t_end, atol=1e-6, rtol=0)
+    for start in (27, 29, 32):  # each row's target, if the student looks 1/6 ahead everywhere
+        rows = (32 * t).round() == start
+        ahead = (1 / 6 + (1 / 6 + t - t_mid)) / 2
+        ahead[:k] = ((1 / 6 + t - t_mid) / 2)[:k]
+        means.append(ahead[rows].mean())
+    assert_close(torch.stack(means), torch.full((3,), 1 / 6), atol=2e-3, rtol=0)
+    t, t_mid, t_end, k = ablations.next_stop(config, 1000, seeded())
+    assert_close(t_end, ((t * 3 - 1e-4).ceil() - 1) / 3, atol=1e-6, rtol=0)
+    assert (t > t_mid).all() and (t_mid >= t_end).all()
+
+
 def test_authors_windows_are_aligned_merges_up_to_the_full_path():
     import ablations
 

@@ -7,6 +7,7 @@ Variants that shortcut.py does not ship live here.
 import toy as bench  # isort: skip; tests/benchmarks/toy.py: it sets threads before torch starts
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,50 +17,44 @@ import shortcut as sc
 import toy_2d
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One line of the table. `settings` go to ShortcutConfig; the others change the training."""
+def equal_halves(config, batch, generator):
+    """Matched by their share: halves of equal grid time, teacher rows in the odds rho(u) to others.
 
-    name: str
-    expected: str
-    settings: dict = field(default_factory=lambda: bench.matched(3))
-    shift: float = 1.0  # of training (unless `settings` has a range) and sampling
-    authors_windows: bool = False
-    renoised: bool = False  # x at t_mid from the same data and noise, not by an Euler step
-    pointwise: bool = False  # teacher rows regress on the teacher's velocity at (x_t, t)
-    plain_mean: bool = False  # (v_1 + v_2) / 2, whatever the lengths
-    ema_dtype: torch.dtype = torch.float32
-    oracle: bool = False  # regression on the exact mean velocity of the sampler's own steps
+    A self row's half is a stride drawn from `strides`, a teacher row's one grid step, cut to fit.
+    L(u) = rho L_teacher_row + (1 - rho) L_self_row is solved for rho at the wanted L = L*.
+    """
+    n, N, shift = config.grid_steps, config.student_steps, sum(config.shift_range) / 2
+    u = torch.arange(1, n + 1, dtype=torch.float64) / n
+
+    def wanted(u):
+        return (sc.shift_time(u, shift) - sc.shift_time((u - 1 / N).clamp(min=0), shift)) / 2
+
+    def window(stride):  # weight of the first velocity; time to the second; what it looks ahead
+        d = (u / 2).clamp(max=stride / n)
+        t, t_mid, t_end = (sc.shift_time(u - j * d, shift) for j in (0, 1, 2))
+        return (t - t_mid) / (t - t_end), t - t_mid, wanted(u - d)
+
+    w, step, ahead = (torch.stack(column) for column in zip(*map(window, config.strides)))
+    own = (w * wanted(u) + (1 - w) * (step + ahead)).mean(0)
+    w, step, ahead = window(1)
+    rho = (own - wanted(u)) / (own - (1 - w) * (step + ahead))
+    odds = (rho := rho.clamp(0.05, 0.95)) / (1 - rho)
+    share = odds.mean().item() / (1 + odds.mean().item())
+    k = int(share * batch + torch.rand(1, generator=generator).item())
+    stride = torch.tensor(config.strides)[torch.randint(3, (batch,), generator=generator)]
+    stride[:k] = 1
+    start = torch.randint(1, n + 1, (batch,), generator=generator)
+    start[:k] = 1 + torch.multinomial(odds, batch, True, generator=generator)[:k]
+    d = torch.minimum(stride, start / 2) / n
+    return sc.Windows(*(sc.shift_time(start / n - j * d, shift) for j in (0, 1, 2)), k)
 
 
-def paper(rho):
-    return dict(teacher_ratio=rho)
-
-
-VARIANTS = (
-    Variant("**as shipped**: matched windows, dual, shift 1", "lam* about 1"),
-    Variant("vanilla, matched windows", "as good: its odds are matched too",
-            {**bench.matched(3), "dual": False}),
-    Variant("vanilla, paper windows, rho 0.4", "half the look-ahead of dual: suits 4 steps",
-            {**paper(0.4), "dual": False}),
-    Variant("paper windows, rho 0.2", "overshoots: look-ahead 0.61", paper(0.2)),
-    Variant("paper windows, rho 0.4 (the paper)", "overshoots: suits 2 steps", paper(0.4)),
-    Variant("paper windows, rho 0.52", "lam* about 1, worse than matched: uneven", paper(0.52)),
-    Variant("paper windows, rho 0.8", "under-trained: suits 7 steps", paper(0.8)),
-    Variant("authors' windows, rho 0.4", "overshoots: windows up to the full path", paper(0.4),
-            authors_windows=True),
-    Variant("re-noised midpoint", "worse: the midpoint leaves the path", renoised=True),
-    Variant("teacher rows point-wise", "look-ahead shorter by about 1/n", pointwise=True),
-    Variant("EMAs in bfloat16", "stalls: the averages stay the teacher", ema_dtype=torch.bfloat16),
-    Variant("oracle: the teacher's exact mean velocity", "the best a 3-step student can be",
-            oracle=True),
-    Variant("**as shipped**, shift 3", "lam* about 1", shift=3.0),
-    Variant("plain mean, shift 3", "biased where halves differ most", shift=3.0, plain_mean=True),
-    Variant("shift range 2.5-4.5, sampled at 3", "a mixture, nearly as good",
-            {**bench.matched(3), "shift_range": (2.5, 4.5)}, shift=3.0),
-    Variant("paper windows, rho 0.52, shift 3", "far worse than matched", paper(0.52), shift=3.0),
-    Variant("oracle, shift 3", "the best a 3-step student can be", shift=3.0, oracle=True),
-)  # fmt: skip
+def next_stop(config, batch, generator):
+    """Matched windows that end where the N-step sampler stops next: exact, at its own stops."""
+    t, t_mid, _, k = sc.sample_windows(config, batch, generator=generator)
+    stops = sc.time_grid(config.student_steps, sum(config.shift_range) / 2).flip(0)
+    t_end = stops[torch.searchsorted(stops, t - 1e-6) - 1]
+    return sc.Windows(t, torch.maximum(t_mid, t_end), t_end, k)
 
 
 def authors_windows(config, batch, generator):
@@ -75,9 +70,67 @@ def authors_windows(config, batch, generator):
     return sc.Windows(*(torch.cat([a[:k], b[k:]]) for a, b in zip(windows, times)), k)
 
 
+@dataclass(frozen=True)
+class Variant:
+    """One line of the table. `settings` go to ShortcutConfig; the others change the training."""
+
+    name: str
+    expected: str
+    settings: dict = field(default_factory=lambda: bench.matched(3))
+    shift: float = 1.0  # of training (unless `settings` has a range) and sampling
+    draw: Callable = sc.sample_windows
+    second: str = "slow"  # the average behind the second velocity of matched windows
+    renoised: bool = False  # x at t_mid from the same data and noise, not by an Euler step
+    pointwise: bool = False  # teacher rows regress on the teacher's velocity at (x_t, t)
+    plain_mean: bool = False  # (v_1 + v_2) / 2, whatever the lengths
+    ema_dtype: torch.dtype = torch.float32
+    oracle: bool = False  # regression on the exact mean velocity of the sampler's own steps
+
+
+def paper(rho):
+    return dict(teacher_ratio=rho)
+
+
+VARIANTS = (
+    Variant("**as shipped**: matched windows, shift 1", "lam* about 1"),
+    Variant("the fast average instead of the slow", "the same, sooner", second="fast"),
+    Variant("matched share, equal halves", "the same mean look-ahead, more spread out",
+            draw=equal_halves),
+    Variant("windows end at the sampler's next stop", "exact at 3 times, a jump at each",
+            draw=next_stop),
+    Variant("vanilla, paper windows, rho 0.4", "half the look-ahead of dual: suits 4 steps",
+            {**paper(0.4), "dual": False}),
+    Variant("paper windows, rho 0.2", "overshoots: look-ahead 0.61", paper(0.2)),
+    Variant("paper windows, rho 0.4 (the paper)", "overshoots: suits 2 steps", paper(0.4)),
+    Variant("paper windows, rho 0.52", "lam* about 1, worse than matched: uneven", paper(0.52)),
+    Variant("paper windows, rho 0.8", "under-trained: suits 7 steps", paper(0.8)),
+    Variant("authors' windows, rho 0.4", "overshoots: windows up to the full path", paper(0.4),
+            draw=authors_windows),
+    Variant("paper windows, rho 0.52, teacher rows point-wise", "look-ahead shorter by about 1/n",
+            paper(0.52), pointwise=True),
+    Variant("re-noised midpoint", "worse: the midpoint leaves the path", renoised=True),
+    Variant("EMAs in bfloat16", "stalls: the averages stay the teacher", ema_dtype=torch.bfloat16),
+    Variant("oracle: the teacher's exact mean velocity", "the best a 3-step student can be",
+            oracle=True),
+    Variant("**as shipped**, shift 3", "lam* about 1", shift=3.0),
+    Variant("shift range 2-4, sampled at 3", "the same: L\\*(t) is that of shift 3",
+            {**bench.matched(3), "shift_range": (2.0, 4.0)}, shift=3.0),
+    Variant("shift range 2.5-4.5, sampled at 3", "matched to 3.5, so nearly as good",
+            {**bench.matched(3), "shift_range": (2.5, 4.5)}, shift=3.0),
+    Variant("matched share, equal halves, shift 3", "worse than at shift 1", shift=3.0,
+            draw=equal_halves),
+    Variant("paper windows, rho 0.52, shift 3", "far worse than matched", paper(0.52), shift=3.0),
+    Variant("the same, plain mean", "biased where halves differ most", paper(0.52), shift=3.0,
+            plain_mean=True),
+    Variant("oracle, shift 3", "the best a 3-step student can be", shift=3.0, oracle=True),
+)  # fmt: skip
+
+
 def target_of(variant, config, windows, x_0, noise, teacher, fast, slow):
     """sc.shortcut_target, written out so that its parts can be replaced."""
     k, x_t = windows.teacher_rows, sc.interpolate(x_0, noise, windows.t)
+    if variant.second == "fast":
+        slow = fast
     first = partial(sc._split, k, teacher, fast if config.dual else slow)
     second = slow if config.dual else partial(sc._split, k, teacher, slow)
     t, t_mid, t_end = (time[:, None] for time in windows[:3])
@@ -116,8 +169,7 @@ def train(variant, teacher, data, iterations, seed, batch=512):
     optimizer, schedule = toy_2d.adam(weights, 1e-3, iterations)
     for _ in range(iterations):
         x_0, noise = data(batch, generator), torch.randn(batch, 2, generator=generator)
-        draw = authors_windows if variant.authors_windows else sc.sample_windows
-        windows = draw(config, batch, generator=generator)
+        windows = variant.draw(config, batch, generator=generator)
         t = windows.t
         if variant.oracle:
             t, x_t, target = oracle_of(variant, x_0, noise, teacher, generator)
