@@ -1,7 +1,7 @@
 """Distil FLUX.1-dev into a few-step sampler: a LoRA by SCFM (arXiv 2510.17858), see shortcut.py.
 
     cache      prompt embeddings and latents, so that the encoders can leave memory
-    train      one LoRA on a frozen base; the student and both its averages are float32, outside it
+    train      one LoRA on a frozen base; the student and its averages are float32, outside it
     calibrate  the scale of the LoRA for each number of steps; the student or its slow average
     compare    with the teacher on held-out prompts, from the saved file in a stock pipeline
 
@@ -272,7 +272,7 @@ class Adapter:
         if scale:
             torch._foreach_copy_(self.params, weights)
 
-    def velocity(self, weights: list[Tensor] | None, size: tuple[int, int], scale: float = 1.0):
+    def velocity(self, weights: list[Tensor] | None, size: tuple[int, int]):
         """Velocity of latents (B, tokens, channels), `size` their rows and columns of tokens.
 
         A call loads its weights. No other may come between the student's call and its backward.
@@ -281,7 +281,7 @@ class Adapter:
         ids = FluxPipeline._prepare_latent_image_ids(1, *size, like.device, like.dtype)
 
         def velocity(x: Tensor, t: Tensor, *, text: Tensor, pooled: Tensor, guidance: Tensor):
-            self.use(weights, scale)
+            self.use(weights)
             return net(
                 hidden_states=x.to(like.dtype), timestep=t, guidance=guidance, img_ids=ids,
                 encoder_hidden_states=text, pooled_projections=pooled,
@@ -530,12 +530,12 @@ def draw_batch(args: Namespace, pool: dict, generator: torch.Generator):
 
 
 def train(args: Namespace) -> None:
-    """Phase 2: the four velocities meet here, as in toy_2d.py, over one frozen transformer."""
+    """Phase 2: the velocities meet here, as in toy_2d.py, over one frozen transformer."""
     adapter, config, N, rows = Adapter(args), args.config, args.student_steps, []
-    student = [p.detach().float().clone() for p in adapter.params]
-    fast, slow = ([w.clone() for w in student] for _ in range(2))
+    decays = {"slow": config.slow_decay} | ({"fast": config.fast_decay} if args.paper else {})
+    sets = {k: [p.detach().float().clone() for p in adapter.params] for k in ("student", *decays)}
+    student = sets["student"]
     optimizer = torch.optim.AdamW(student, args.learning_rate, weight_decay=1e-4, foreach=True)
-    sets = {"student": student, "fast": fast, "slow": slow}
     free, need = shutil.disk_usage(args.out).free / 1e9, 40e-9 * sum(w.numel() for w in student)
     if args.state.exists():
         rows, done = load_state(args, sets, optimizer)
@@ -544,7 +544,7 @@ def train(args: Namespace) -> None:
     elif args.lora.exists():
         die(f"{args.lora} is finished, but {args.state} is gone: other settings of calibration and"
             " comparison need it. Give another --out, or delete it to train anew")  # fmt: skip
-    elif free < need:  # five float32 numbers a weight, in the old and in the new file
+    elif free < need:  # up to five float32 numbers a weight, in the old and in the new file
         die(f"checkpoints need {need:.1f} GB and --out {args.out} has {free:.1f}: give --out on"
             " another disk, or a smaller --rank")  # fmt: skip
     add_up(args, count := torch.tensor([len(rows)], device=args.device))
@@ -570,16 +570,15 @@ def train(args: Namespace) -> None:
                     config, args.batch, U=(U + micro * share) % 1, generator=generator
                 )
                 # Targets first, the student last: its weights must stay for the backward.
-                loss, log = sc.shortcut_loss(
-                    config, windows, x_0, noise, teacher=adapter.velocity(None, size),
-                    fast=adapter.velocity(fast, size), slow=adapter.velocity(slow, size),
-                    student=adapter.velocity(student, size), **cond,
-                )  # fmt: skip
+                velocities = {name: adapter.velocity(ws, size) for name, ws in sets.items()}
+                velocities["teacher"] = adapter.velocity(None, size)
+                loss, log = sc.shortcut_loss(config, windows, x_0, noise, **velocities, **cond)
                 loss.backward()
                 adapter.move_gradients(student, share)
                 logged += share * torch.stack([loss.detach(), *log.values()])
             add_up(args, logged, *(w.grad for w in student))
             row = {"iteration": iteration} | dict(zip(("loss", *log), logged.tolist()))
+            row = {name: x for name, x in row.items() if name == "loss" or not math.isnan(x)}
             norm = torch.nn.utils.clip_grad_norm_(student, 10.0).item()
             if not math.isfinite(row["loss"] + norm):
                 die(f"iteration {iteration}: loss {row['loss']}, gradient norm {norm}. Stopped, the"
@@ -589,8 +588,8 @@ def train(args: Namespace) -> None:
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
-            sc.update_ema(fast, student, config.fast_decay)
-            sc.update_ema(slow, student, config.slow_decay)
+            for name, decay in decays.items():
+                sc.update_ema(sets[name], student, decay)
             rows.append(row | {"gradient_norm": norm, "learning_rate": rate})
             done = iteration == args.iterations
             if args.lead and (done or iteration % args.validate_every == 0):
@@ -675,7 +674,8 @@ def write_log(args: Namespace, rows: list[dict]) -> None:
     figure = Figure((13, 3.8), layout="constrained")
     for axis, (title, names) in zip(figure.subplots(1, 3), panels.items()):
         for name in names:
-            kept = [r for r in rows if math.isfinite(r.get(name, math.nan))]
+            if not (kept := [r for r in rows if math.isfinite(r.get(name, math.nan))]):
+                continue
             span = max(1, len(kept) // 40)  # a point is the mean of so many rows
             few = [kept[i : i + span] for i in range(0, len(kept), span)]
             y = [sum(r[name] for r in some) / len(some) for some in few]
@@ -701,9 +701,11 @@ def calibrate(args: Namespace) -> None:
     validation = Validation(args, adapter)
     found = {name: validation.search(sets[name], N) for name in sets}
     name = min(found, key=found.get)
-    scales = {n: validation.search(sets[name], n)[1] for n in tqdm(args.steps, "calibrate")}
+    others = tqdm([n for n in args.steps if n != N], "calibrate")
+    scales = {n: validation.search(sets[name], n)[1] for n in others} | {N: found[name][1]}
     metadata = {
-        "base_model": args.base_model, "student_steps": N, "scales": scales, "shift": args.shift,
+        "base_model": args.base_model, "student_steps": N, "shift": args.shift,
+        "scales": dict(sorted(scales.items())),
         "resolution": args.resolution, "guidance": args.guidance, "rank": args.rank,
         "max_sequence_length": validation.cond["text"].shape[1], "iterations": len(rows),
         "weights": {"slow": "slow average of the student"}.get(name, name),

@@ -100,7 +100,13 @@ def test_a_new_adapter_is_the_teacher_and_a_scale_scales_its_weights(args):
         base = adapter.velocity(None, args.size)(x, t, **cond)
         assert_close(adapter.velocity(weights, args.size)(x, t, **cond), base)  # B = 0
         weights = [w + 0.1 for w in weights]
-        half = adapter.velocity(weights, args.size, 0.5)(x, t, **cond)
+        adapter.use(weights, 0.5)
+        guided = dict(guidance=cond["guidance"], pooled_projections=cond["pooled"])
+        ids = fd.FluxPipeline._prepare_latent_image_ids(1, *args.size, "cpu", torch.float32)
+        half = adapter.net(
+            hidden_states=x, timestep=t, encoder_hidden_states=cond["text"], img_ids=ids,
+            txt_ids=torch.zeros(cond["text"].shape[1], 3), **guided,
+        ).sample  # fmt: skip
         names = [name for name, _ in adapter.net.named_parameters() if ".lora_" in name]
         scaled = [w * (0.5 if "lora_B" in n else 1) for n, w in zip(names, weights)]
         assert_close(adapter.velocity(scaled, args.size)(x, t, **cond), half)
@@ -108,13 +114,13 @@ def test_a_new_adapter_is_the_teacher_and_a_scale_scales_its_weights(args):
         assert torch.equal(adapter.velocity(None, args.size)(x, t, **cond), base)
 
 
-def gradients(args, checkpointing: bool) -> list[torch.Tensor]:
+def gradients(args, checkpointing: bool, config: sc.ShortcutConfig) -> list[torch.Tensor]:
     args.loaded = (None, None)
     adapter = fd.Adapter(args)
     if checkpointing:
         adapter.net.enable_gradient_checkpointing()
     student, fast, slow = weight_sets(adapter)
-    loss_of(args, adapter, student, fast, slow).backward()
+    loss_of(args, adapter, student, fast, slow, config).backward()
     adapter.move_gradients(student, 1.0)
     return [w.grad for w in student]
 
@@ -126,30 +132,31 @@ def weight_sets(adapter):
     return [[p.detach() + draw(p) for p in adapter.params] for _ in range(3)]
 
 
-def batch_of(args):
+def batch_of(args, config):
     x_0, cond = fd.noises(args, [(i,) for i in range(4)]), fd.read(args, "text", range(4))
     cond["guidance"] = torch.tensor([0.0, 2.0, 4.0, 8.0])
-    windows = sc.sample_windows(args.config, 4, U=0.5, generator=torch.Generator().manual_seed(0))
+    windows = sc.sample_windows(config, 4, U=0.5, generator=torch.Generator().manual_seed(0))
     return windows, x_0, fd.noises(args, [(i, i) for i in range(4)]), cond
 
 
-def loss_of(args, adapter, student, fast, slow):
-    windows, x_0, noise, cond = batch_of(args)
+def loss_of(args, adapter, student, fast, slow, config):
+    windows, x_0, noise, cond = batch_of(args, config)
     sets = dict(student=student, fast=fast, slow=slow, teacher=None)
     velocities = {name: adapter.velocity(ws, args.size) for name, ws in sets.items()}
-    return sc.shortcut_loss(args.config, windows, x_0, noise, **velocities, **cond)[0]
+    return sc.shortcut_loss(config, windows, x_0, noise, **velocities, **cond)[0]
 
 
 def test_gradients_with_and_without_checkpointing_are_equal(args):
-    plain, checkpointed = (gradients(args, flag) for flag in (False, True))
+    plain, checkpointed = (gradients(args, flag, args.config) for flag in (False, True))
     for a, b in zip(plain, checkpointed):
         assert_close(a, b, rtol=0, atol=1e-7)
     assert all(grad.abs().max() > 0 for grad in plain)
 
 
-def test_gradients_are_those_of_four_networks_that_share_nothing(args):
+@pytest.mark.parametrize("config", [sc.ShortcutConfig(), sc.ShortcutConfig.for_steps(3)])
+def test_gradients_are_those_of_four_networks_that_share_nothing(args, config):
     """Weights that take turns in one network give what separate networks give."""
-    ours = gradients(args, False)
+    ours = gradients(args, False, config)
     args.loaded = (None, None)
     adapter = fd.Adapter(args)
     sets = dict(zip(("student", "fast", "slow"), weight_sets(adapter)))
@@ -159,7 +166,7 @@ def test_gradients_are_those_of_four_networks_that_share_nothing(args):
         nets[name] = copy.deepcopy(adapter.net)
     adapter.use(None)
     nets["teacher"] = copy.deepcopy(adapter.net)
-    windows, x_0, noise, cond = batch_of(args)
+    windows, x_0, noise, cond = batch_of(args, config)
     ids = fd.FluxPipeline._prepare_latent_image_ids(1, *args.size, "cpu", torch.float32)
 
     def velocity(net):
@@ -169,7 +176,7 @@ def test_gradients_are_those_of_four_networks_that_share_nothing(args):
         ).sample  # fmt: skip
 
     velocities = {name: velocity(net) for name, net in nets.items()}
-    sc.shortcut_loss(args.config, windows, x_0, noise, **velocities, **cond)[0].backward()
+    sc.shortcut_loss(config, windows, x_0, noise, **velocities, **cond)[0].backward()
     theirs = [p.grad for n, p in nets["student"].named_parameters() if ".lora_" in n]
     for a, b in zip(ours, theirs, strict=True):
         assert_close(a, b, rtol=1e-4, atol=1e-7)
@@ -199,7 +206,7 @@ def test_what_a_run_leaves(done):
     assert not list(done.rglob(".part*"))
     rows = (done / "log.csv").read_text().splitlines()
     assert len(rows) == 5
-    assert rows[0].startswith("iteration,loss,teacher_loss,self_loss,residual,gradient_norm")
+    assert rows[0].startswith("iteration,loss,teacher_loss,residual,gradient_norm")
     assert all(f"lam_{n}" in rows[0] for n in fd.WATCHED)
     results = json.loads((done / "results.json").read_text())
     table = {(row["sampler"], row["steps"]): row for row in results["table"]}
@@ -388,7 +395,8 @@ def test_accumulation_averages_and_keeps_one_ema_update_a_step(tmp_path, monkeyp
     real = sc.update_ema
     monkeypatch.setattr(fd.sc, "update_ema", lambda *a: updates.append(a[2]) or real(*a))
     train(tmp_path / "out", "--accumulate", 3, "--iterations", 2)
-    assert len(updates) == 4  # fast and slow, two steps
+    train(tmp_path / "paper", "--accumulate", 3, "--iterations", 2, "--paper")
+    assert len(updates) == 2 + 4  # the slow average alone, or both, two steps
     # Two equal micro-batches give what one gives.
     windows = sc.sample_windows
     monkeypatch.setattr(
@@ -404,7 +412,7 @@ def test_accumulation_averages_and_keeps_one_ema_update_a_step(tmp_path, monkeyp
 
 def test_averages_follow_the_student_in_float32(tmp_path):
     tensors, _ = train(tmp_path / "out", "--iterations", 60, "--checkpoint-every", 60,
-                       "--validate-every", 60)  # fmt: skip
+                       "--validate-every", 60, "--paper")  # fmt: skip
     assert {x.dtype for x in tensors.values()} == {torch.float32}
     names = [n.split(".")[1] for n in tensors if n.startswith("student.")]
     start, _ = train(tmp_path / "start", "--iterations", 1, "--learning-rate", 1e-9)
@@ -415,7 +423,7 @@ def test_averages_follow_the_student_in_float32(tmp_path):
 
 def test_each_role_has_its_own_weights(tmp_path, monkeypatch):
     """The student is what the optimizer moves; each average is what its own decay updates."""
-    args, roles, updated = prepared(tmp_path / "out", "--iterations", 60), {}, {}
+    args, roles, updated = prepared(tmp_path / "out", "--iterations", 60, "--paper"), {}, {}
     velocity, loss, update = fd.Adapter.velocity, sc.shortcut_loss, sc.update_ema
     adam, moved = torch.optim.AdamW, []
 

@@ -30,7 +30,7 @@ kept, calls, update = {{}}, [], fd.sc.update_ema
 def keep(ema, weights, decay):
     update(ema, weights, decay)
     calls.append(decay)
-    kept[("slow", "fast")[len(calls) % 2]], kept["student"] = ema, weights
+    kept[("fast", "slow")[len(calls) % 2]], kept["student"] = ema, weights
     {then}
 fd.sc.update_ema = keep
 fd.main(sys.argv[1:])
@@ -46,7 +46,7 @@ def torchrun(tmp_path, *more, then="pass"):
         SPY.format(root=root, folder=str(tmp_path), then=then)
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script]
-    command += [*SMALL.split(), "--out", tmp_path / "out", *more]
+    command += [*SMALL.split(), "--out", tmp_path / "out", "--paper", *more]
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=PATIENCE)
 
 
@@ -57,7 +57,7 @@ def test_two_processes_agree_and_follow_one_that_accumulates(tmp_path):
     assert {name.split(".")[0] for name in ranks[0]} == {"student", "fast", "slow"}
     assert ranks[0].keys() == ranks[1].keys()
     assert all(torch.equal(x, ranks[1][name]) for name, x in ranks[0].items())
-    run(tmp_path / "one", "--accumulate", 2)
+    run(tmp_path / "one", "--accumulate", 2, "--paper")
     ours, theirs = (
         fd.read_metadata(tmp_path / name / "checkpoint/state.safetensors")["rows"]
         for name in ("out", "one")
