@@ -293,13 +293,13 @@ def test_lookahead_of_paper_settings():
     assert sc.ShortcutConfig(teacher_ratio=0.0).lookahead == float("inf")
 
 
-def lookahead_after_training(config, shift, rounds=60, rows=50_000):
-    """The whole method on a table instead of a network; the teacher is v*(x, t) = t.
+def velocity_after_training(config, shift, power=1, rounds=60, rows=50_000):
+    """The whole method on a table instead of a network; the teacher is v*(x, t) = t^power.
 
     Each round replaces the table by the mean target of the rows that start at its entries, which is
-    what the loss's minimum is. Returns t - v, the student's look-ahead in t, at u = 0, ..., 1.
+    what the loss's minimum is. Returns v at u = 0, ..., 1: the mean of (t - look-ahead)^power.
     """
-    table = grid_t = sc.shift_time(torch.arange(33) / 32, shift)
+    table = sc.shift_time(torch.arange(33) / 32, shift) ** power
 
     def student(x, t):
         u = 32 * grid_time(t, shift)
@@ -317,40 +317,48 @@ def lookahead_after_training(config, shift, rounds=60, rows=50_000):
 
         loss, _ = sc.shortcut_loss(
             config, windows, torch.zeros(rows, 1), torch.zeros(rows, 1),
-            student=capture, fast=student, slow=student, teacher=lambda x, t: t[:, None],
+            student=capture, fast=student, slow=student, teacher=lambda x, t: t[:, None] ** power,
         )  # fmt: skip
         loss.backward()  # d/dv mean (v - target)^2 at v = 0 is -2 target / B
         target = -seen["v"].grad[:, 0] * rows / 2
         total = torch.zeros(33).index_add(0, entry, target)
         table = total / torch.bincount(entry, minlength=33).clamp(min=1)
-    return grid_t - table
+    return table
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_training_on_matched_windows_ends_at_the_wanted_lookahead(shift):
     """The student must be t - L*: what 3 Euler steps want."""
-    ahead = lookahead_after_training(sc.ShortcutConfig.for_steps(3, shift), shift)
-    expected = torch.tensor([wanted(j / 32, 3, shift) for j in range(33)])
-    assert_close(ahead, expected, atol=0.003, rtol=0)
+    v = velocity_after_training(sc.ShortcutConfig.for_steps(3, shift), shift)
+    expected = [grid(j / 32, shift) - wanted(j / 32, 3, shift) for j in range(33)]
+    assert_close(v, torch.tensor(expected), atol=0.003, rtol=0)
 
 
 @pytest.mark.parametrize(
-    "shift, paper, matched",
+    "shift, kind, means, squares",
     [
-        (1.0, (0.215, 0.174, 0.080), (0.167, 0.168, 0.163)),
-        (3.0, (0.137, 0.169, 0.127), (0.071, 0.129, 0.289)),
+        (1.0, "paper", (0.215, 0.172, 0.080), (2.9, 1.7, 0.4)),
+        (1.0, "matched", (0.167, 0.167, 0.163), (1.6, 1.6, 1.0)),
+        (3.0, "paper", (0.137, 0.166, 0.127), (8.0, 2.9, 0.3)),
+        (3.0, "matched", (0.071, 0.129, 0.290), (2.6, 2.3, 1.0)),
     ],
 )
-def test_lookahead_where_three_steps_stop_is_what_the_readme_says(shift, paper, matched):
+def test_lookahead_where_three_steps_stop_is_what_the_readme_says(shift, kind, means, squares):
     """At u = 1, 2/3 and 1/3; the last two lie between grid points."""
-    configs = (
-        sc.ShortcutConfig(teacher_ratio=0.52, shift_range=(shift, shift)),
-        sc.ShortcutConfig.for_steps(3, shift),
-    )
-    for config, told in zip(configs, (paper, matched)):
-        ahead = lookahead_after_training(config, shift)
-        stops = [ahead[32], ahead[21].lerp(ahead[22], 1 / 3), ahead[10].lerp(ahead[11], 2 / 3)]
-        assert_close(torch.stack(stops), torch.tensor(told), atol=0.004, rtol=0)
+    config = sc.ShortcutConfig(teacher_ratio=0.52, shift_range=(shift, shift))
+    if kind == "matched":
+        config = sc.ShortcutConfig.for_steps(3, shift)
+    v, of_square = (velocity_after_training(config, shift, power) for power in (1, 2))
+    t = sc.shift_time(torch.arange(33) / 32, shift)
+    ahead = t - v
+    square = of_square - t**2 + 2 * t * ahead
+    steps = -sc.time_grid(3, shift).diff()  # a uniform average over a step has its square / 3
+    for values, told, scale, atol in (
+        (ahead, means, 1, 0.003),
+        (square, squares, steps**2 / 3, 0.12),
+    ):
+        stops = [values[32], values[21].lerp(values[22], 1 / 3), values[10].lerp(values[11], 2 / 3)]
+        assert_close(torch.stack(stops) / scale, torch.tensor(told), atol=atol, rtol=0.01)
 
 
 # ---------------------------------------------------------------------------------- target and loss
