@@ -17,6 +17,7 @@ import os
 import shutil
 import signal
 import textwrap
+import warnings
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from argparse import RawDescriptionHelpFormatter as RawFormatter
 from contextlib import contextmanager, suppress
@@ -386,6 +387,10 @@ def entry(args: Namespace, kind: str, i: int) -> Path:
 def read(args: Namespace, kind: str, rows) -> dict[str, Tensor]:
     """Entries of the cache, stacked."""
     entries = [load_file(entry(args, kind, i)) for i in rows]
+    for path, tensors in zip((entry(args, kind, i) for i in rows), entries):
+        if not all(x.isfinite().all() for x in tensors.values()):
+            die(f"{path} holds NaN or infinity: if its text or image is sound, delete it to make it"
+                " anew; else leave that pair out")  # fmt: skip
     return {name: torch.stack([e[name] for e in entries]).to(args.device) for name in entries[0]}
 
 
@@ -792,8 +797,9 @@ def draw(args: Namespace, rows: list[Tensor], texts: list[int], name: str) -> No
             axis.set(xticks=[], yticks=[])
         axes[0].set_ylabel(label)
     for axis, i in zip(grid[0], texts):
-        axis.set_title(textwrap.fill(args.texts[i][:72], 24), fontsize=8)
-    with atomic(args.out / name) as part:
+        axis.set_title(textwrap.fill(args.texts[i][:72], 24), fontsize=8, parse_math=False)
+    with atomic(args.out / name) as part, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a font need not have every script
         figure.savefig(part, format="png", dpi=110)
 
 
