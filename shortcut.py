@@ -8,13 +8,16 @@ Conventions (the field is split on both signs, so read this first):
 
 A velocity is any callable v(x, t, **cond) that returns a tensor like x, with x (B, ...), t (B,) and
 every conditioning tensor batched on dim 0. It is given x and t in float32 (float64 if the data is)
-and casts them to what its network wants: bfloat16 rounds t by up to 0.004, and the windows below
-are as narrow as 0.011.
+and casts them to what its network wants: bfloat16 rounds t by up to 0.002, and a step of the
+paper's grid is as short as 0.007.
 
-A batch has teacher rows, whose first velocity is a frozen teacher's, and self rows, which learn
-from moving averages of the student alone. A student's look-ahead is how far further down the path
-its velocity is the teacher's. Matched windows, which are ours, give it the look-ahead that a
-sampler of N steps wants. Fusion is training from scratch, where data replace the teacher.
+A window is two Euler steps, t -> t_mid -> t_end. The student at t is regressed on the one velocity
+that does both. In teacher rows of a batch the first velocity is a frozen teacher's, in self rows
+both are moving averages of the student. Fusion is training from scratch: data replace the teacher.
+
+The student then looks ahead: it is an average of the teacher's velocity over what is to come, and
+its look-ahead is the mean distance in t. Matched windows, which are ours, make it what a sampler of
+N steps wants.
 
 Equation and algorithm numbers are the paper's. (A) and (B) are ours: README.md derives them.
 """
@@ -71,8 +74,8 @@ class ShortcutConfig:
     """
 
     grid_steps: int = 32  # n, the teacher's own steps; the paper's windows lie on its grid
-    teacher_ratio: float | None = 0.4  # rho, share of teacher rows; None: all, if student_steps
-    strides: tuple[int, ...] = (2, 4, 8)  # half the window of a self row, in grid steps
+    teacher_ratio: float | None = 0.4  # rho, share of teacher rows; matched: None, all are
+    strides: tuple[int, ...] = (2, 4, 8)  # half the window of a self row in grid steps, not matched
     shift_range: tuple[float, float] = (2.5, 4.5)  # s ~ U[low, high] (Eq. 17), drawn per row
     dual: bool = True  # Algorithm 2; False: vanilla, Algorithm 1
     student_steps: int | None = None  # N of the matched windows; None: the paper's windows
@@ -83,13 +86,15 @@ class ShortcutConfig:
         # A list will do as well; tuples can be hashed.
         vars(self).update(strides=tuple(self.strides), shift_range=tuple(self.shift_range))
         half, rho, N = self.grid_steps / 2, self.teacher_ratio, self.student_steps
-        fit = all(1 <= stride <= half and stride % 1 == 0 for stride in self.strides or [0])
-        _require(fit, f"strides={self.strides} must be integers in [1, grid_steps/2 = {half:g}]")
         (low, high), decays = self.shift_range, (self.fast_decay, self.slow_decay)
         _require(0 < low <= high < float("inf"), f"shift_range=({low}, {high}) must ascend, > 0")
         _require(all(0 <= d < 1 for d in decays), f"EMA decays {decays} must lie in [0, 1)")
         if N is None:
             _require(rho is not None and 0 <= rho <= 1, f"teacher_ratio={rho} must lie in [0, 1]")
+            fit = all(1 <= d <= half and d % 1 == 0 for d in self.strides or [0])
+            _require(
+                fit, f"strides={self.strides} must be integers in [1, grid_steps/2 = {half:g}]"
+            )
         else:
             _require(1 <= N <= half, f"student_steps={N} must lie in [1, grid_steps/2 = {half:g}]")
             _require(rho is None, f"teacher_ratio={rho} must be None where student_steps={N}")
@@ -99,32 +104,42 @@ class ShortcutConfig:
     def for_steps(cls, student_steps: int, shift: float | None = None, **settings):
         """Matched windows: the student looks ahead as far as an N-step Euler sampler wants.
 
-        `shift` fixes one shift. Where `shift_range` holds instead, its middle is matched.
+        shift: train for and sample at this one. None: train on shift_range; it then suits a sampler
+        at the middle of that.
         """
         fixed = {} if shift is None else {"shift_range": (shift, shift)}
         return cls(student_steps=student_steps, **{"teacher_ratio": None, **settings}, **fixed)
 
     @property
     def lookahead(self) -> float:
-        """Look-ahead L in grid time: (B), s = 1, or the wanted 1/(2N). It suits 1/(2L) steps."""
-        rho, mean_d = self.teacher_ratio, sum(self.strides) / len(self.strides) / self.grid_steps
-        dual = 1 / self.grid_steps + (1 - rho) / rho * mean_d if rho else float("inf")
-        return 1 / (2 * N) if (N := self.student_steps) else dual if self.dual else dual / 2
+        """Look-ahead L in grid time at shift 1, far from both ends; it suits 1/(2L) steps.
+
+        (B) with a teacher, dual or vanilla; matched: the wanted 1/(2N).
+        """
+        if self.student_steps:
+            return 1 / (2 * self.student_steps)
+        if not (rho := self.teacher_ratio):
+            return float("inf")
+        mean_d = sum(self.strides) / len(self.strides) / self.grid_steps
+        dual = 1 / self.grid_steps + (1 - rho) / rho * mean_d  # (B)
+        return dual if self.dual else dual / 2
 
 
 # ------------------------------------------------------------------------------------------ windows
 
 
-# Times t > t_mid > t_end, each (B,). The first `teacher_rows` (an int) rows are the teacher's.
+# Times t > t_mid >= t_end, each (B,). The first `teacher_rows` (an int) rows are the teacher's.
+# Only as the end of a matched window can a time be below 0.
 Windows = namedtuple("Windows", "t t_mid t_end teacher_rows")
 
 
 def matched_end(config: ShortcutConfig, t: Tensor, t_mid: Tensor) -> Tensor:
     """End (B,) of a window from t over t_mid (B,) that teaches the wanted look-ahead L*.
 
-    Its target is w v_teacher(t) + (1 - w) v(t_mid), w = (t - t_mid) / (t - t_end). So the student
-    looks ahead by L(t) = (1 - w) (L(t_mid) + t - t_mid) (A). Times may be of any shift. Near the
-    data the end is below 0, by a step at most: no network sees it, it only sets the weight.
+    The target is w v_teacher(t) + (1 - w) v(t_mid), w = (t - t_mid) / (t - t_end). The first looks
+    ahead by 0, the second by L(t_mid) + t - t_mid. So, at times of any shift, the student does by
+        L(t) = (1 - w) (L(t_mid) + t - t_mid)                                                    (A)
+    Near the data the end is below 0, by a step at most: it is a weight, no network sees it.
     """
     shift = sum(config.shift_range) / 2
 
@@ -139,11 +154,14 @@ def matched_end(config: ShortcutConfig, t: Tensor, t_mid: Tensor) -> Tensor:
 def sample_windows(
     config: ShortcutConfig, batch: int, fusion=False, U: float | None = None, generator=None
 ) -> Windows:
-    """Random windows: Algorithms 1, 2, or matched if `student_steps`; `fusion`: without a teacher.
+    """Random windows, of Algorithms 1 and 2 or matched; `fusion`: for a loss without a teacher.
 
-    The first k = floor(rho B + U) rows are the teacher's: exact in expectation for every B. On
-    several processes pass the same U, uniform in [0, 1): all make equally many network calls.
-    Matched, all are the teacher's. The windows are on the generator's device.
+    Self rows have a stride out of `strides`, teacher rows one grid step; starts are uniform over
+    the grid points from which both steps fit, each row has a shift of its own. The first
+    k = floor(rho B + U) rows are the teacher's: exact in expectation for every B. On several
+    processes pass the same U, uniform in [0, 1), so that all make equally many network calls.
+    Matched: all are teacher rows, starts are uniform in (0, 1] and the end is `matched_end`.
+    The windows are on the generator's device.
     """
     n, matched, (low, high) = config.grid_steps, config.student_steps, config.shift_range
     rand = partial(torch.rand, generator=generator, device=generator and generator.device)
@@ -152,10 +170,10 @@ def sample_windows(
     choice = (rand(batch) * len(config.strides)).long()
     stride = torch.tensor(config.strides).to(choice)[choice]
     stride[:k] = 1
-    lowest = torch.ones_like(stride) if matched else 2 * stride  # from here a window fits
+    lowest = 2 * stride  # from here a window fits
     start = lowest + (rand(batch) * (n + 1 - lowest)).floor()
-    if fusion:
-        start[:k] = n * (1 - rand(k))  # flow matching needs no grid: u ~ U(0, 1]
+    if matched or fusion:
+        start[:k] = n * (1 - rand(k))  # neither needs the grid: u ~ U(0, 1]
     u = [(start - j * stride).clamp(min=0) / n for j in (0, 1, 2)]
     shift = low + (high - low) * rand(batch)
     t, t_mid, t_end = (shift_time(x, shift) for x in u)
@@ -186,13 +204,12 @@ def shortcut_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Loss (Eq. 13) of data x_0 and noise (B, ...), and scalars to log. fast, slow: the EMAs.
 
-                  teacher rows        self rows
-        dual      teacher, slow       fast, slow       first, second velocity (Algorithm 2)
-        vanilla   teacher, teacher    slow, slow       (Algorithm 1)
-        fusion    noise - x_0         fast, fast       no teacher: training from scratch
-
-    Matched windows have teacher rows alone, as in dual, and need no fast; in fusion theirs are
-    noise - x_0, fast.
+                            teacher rows         self rows
+        dual                teacher, slow        fast, slow    first, second velocity (Algorithm 2)
+        vanilla             teacher, teacher     slow, slow    (Algorithm 1)
+        fusion              noise - x_0, twice   fast, fast    no teacher: training from scratch
+        matched             teacher, slow        none
+        matched fusion      noise - x_0, fast    none          (A) to first order in a grid step
 
     The student comes last, so that all four may be one network whose weights are swapped. Log:
     teacher_loss and self_loss (nan without such rows), residual = |v_student - target| / |target|.
@@ -201,8 +218,8 @@ def shortcut_loss(
     for name, value in {"windows": windows.t, **cond}.items():
         _require(len(value) == len(x_0), f"{name} has {len(value)} rows, must have {len(x_0)}")
     _require(teacher is None or slow is not None, "slow=None must be given where a teacher is")
-    alone = teacher is not None and config.student_steps
-    _require(fast is not None or alone, "fast=None must be given but for matched windows")
+    unused = teacher is not None and (config.student_steps or not config.dual)
+    _require(fast is not None or unused, "fast=None must be given: dual and fusion need it")
     k, x_t = windows.teacher_rows, interpolate(x_0, noise, windows.t)
     if teacher is None:
         first = partial(_split, k, lambda *_, **__: (_wide(noise) - _wide(x_0))[:k], fast)
