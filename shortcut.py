@@ -193,6 +193,7 @@ def shortcut_target(first: Velocity, second: Velocity, x_t: Tensor, windows: Win
     v_1 = first(x_t, windows.t.to(x_t), **cond)
     x_mid = x_t - (t - t_mid) * v_1
     v_2 = second(x_mid, windows.t_mid.to(x_t), **cond)
+    _require(v_1.shape == v_2.shape == x_t.shape, f"velocity {[*v_2.shape]} must be like x_t")
     x_end = x_mid - (t_mid - t_end) * v_2
     return (x_t - x_end) / (t - t_end)  # Eq. 11-12
 
@@ -229,9 +230,10 @@ def shortcut_loss(
     else:
         first = second = partial(_split, k, teacher, slow)
     target = shortcut_target(first, second, x_t, windows, **cond)
-    error = ((v := student(x_t, windows.t.to(x_t), **cond)) - target).square()
-    _require(v.shape == target.shape == x_t.shape, f"velocity {[*v.shape]} must be like x_0")
-    loss, error = error.mean(), error.detach()  # Eq. 13
+    v = student(x_t, windows.t.to(x_t), **cond)
+    _require(v.shape == x_t.shape, f"student's velocity {[*v.shape]} must be like x_0")
+    loss = (error := (v - target).square()).mean()  # Eq. 13
+    error = error.detach()
     log = {"teacher_loss": error[:k].mean(), "self_loss": error[k:].mean()}
     return loss, {**log, "residual": (error.sum() / target.square().sum()).sqrt()}
 
