@@ -427,7 +427,7 @@ def test_which_velocity_serves_which_row(kind, teacher_row, self_row):
     without = {"fusion": ("teacher", "slow"), "matched fusion": ("teacher", "slow")}
     without["matched"] = ("fast",)
     velocities = {name: v for name, v in FOUR.items() if name not in without.get(kind, ())}
-    x_0, noise = torch.zeros(10, 2, 3), torch.full((10, 2, 3), 9.0)
+    x_0, noise = torch.full((10, 2, 3), 2.0), torch.full((10, 2, 3), 11.0)
     loss, log = sc.shortcut_loss(config, windows, x_0, noise, student=constant(0), **velocities)
     square = expected.square()
     assert_close(loss, square.mean(), rtol=1e-4, atol=0)
