@@ -187,7 +187,8 @@ def check_memory(args: Namespace, config: dict) -> None:
     kept = blocks + 45 if args.checkpointing else 28 * blocks  # activations a token, of its width
     tokens = args.batch * (math.prod(args.size) + TEXT_TOKENS)
     base = parameters * (1 if args.quantize else width)
-    need = base + width * tokens * kept * net.inner_dim + lora * (6 * 4 + 2 * width)
+    lists = 6 if args.paper else 5  # student, gradient, two moments, averages, in float32
+    need = base + width * tokens * kept * net.inner_dim + lora * (4 * lists + 2 * width)
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     have = torch.cuda.get_device_properties(0).total_memory if gpu else have
     if need > have:

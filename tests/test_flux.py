@@ -783,14 +783,14 @@ def test_error_memory(tmp_path, monkeypatch):
 
 
 def test_memory_estimate_of_the_real_flux(monkeypatch):
-    """36 to 46 GiB at batch 8 and 512 px with checkpointing; not into 24 GiB."""
+    """34 to 46 GiB at batch 8 and 512 px with checkpointing: counted independently, 36 to 38."""
     config = json.loads((TINY / "transformer/config.json").read_text())
     config |= dict(num_attention_heads=24, attention_head_dim=128, num_layers=19,
                    num_single_layers=38, axes_dims_rope=[16, 56, 56], in_channels=64,
                    joint_attention_dim=4096, pooled_projection_dim=768)  # fmt: skip
     args = fd.parse(["--out", "/tmp"])
     args.device, args.size = "cuda", (32, 32)
-    for memory, fits in ((46, True), (36, False)):
+    for memory, fits in ((46, True), (34, False)):
         card = Namespace(total_memory=memory * 2**30)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, card=card: card)
         if fits:
