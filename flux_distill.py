@@ -938,7 +938,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--student-steps", type=count, default=3, metavar="N", help="step count to build for")
     add("--paper", action="store_true", help="the paper's windows and share, whatever N is")
     add("--shift-range", type=float, nargs=2, default=(2.5, 4.5), metavar=("LOW", "HIGH"),
-        help="of the time shift in training")
+        help="of the time shift in training; its middle is what the windows are matched to")
     add("--shift", type=positive, default=3.0, help="of time in sampling: calibrate and compare")
     add("--guidance", type=float, default=3.5, help="of sampling; training draws it from [0, 8]")
     add = parser.add_argument_group("training").add_argument

@@ -783,7 +783,7 @@ def test_error_memory(tmp_path, monkeypatch):
 
 
 def test_memory_estimate_of_the_real_flux(monkeypatch):
-    """34 to 46 GiB at batch 8 and 512 px with checkpointing: counted independently, 36 to 38."""
+    """34 to 46 GiB at batch 8 and 512 px with checkpointing; not into 24 GiB."""
     config = json.loads((TINY / "transformer/config.json").read_text())
     config |= dict(num_attention_heads=24, attention_head_dim=128, num_layers=19,
                    num_single_layers=38, axes_dims_rope=[16, 56, 56], in_channels=64,
