@@ -180,9 +180,8 @@ def calibrate(base: nn.Module, student: nn.Module, noise: Tensor, steps: int, sh
     nearest to the teacher's fine endpoints from the same noise. (Sample by sample, the mean square
     would favour scales that blur.)
     """
-    guess = (
-        sc.optimal_scale(student, base, noise, sc.time_grid(steps, shift)).clamp(0.01, 10).item()
-    )
+    lam = sc.optimal_scale(student, base, noise, sc.time_grid(steps, shift))
+    guess = lam.clamp(0.01, 10).item()
     target = sample(base, noise, FINE_STEPS, shift)
 
     def distance(scale):
