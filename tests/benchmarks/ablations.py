@@ -1,4 +1,4 @@
-"""What each choice is worth: python tests/benchmarks/ablations.py (a quarter of an hour on 2 cores)
+"""What each choice is worth: python tests/benchmarks/ablations.py (ten minutes on 2 cores)
 
 Trains a student of the 2-D flows with one choice changed at a time and prints a Markdown table.
 Variants that shortcut.py does not ship live here.
