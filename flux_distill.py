@@ -1,7 +1,7 @@
 """Distil FLUX.1-dev into a few-step sampler: a LoRA by SCFM (arXiv 2510.17858), see shortcut.py.
 
     cache      prompt embeddings and latents, so that the encoders can leave memory
-    train      one LoRA on a frozen base; the student and its averages are float32, outside it
+    train      one LoRA on a frozen base; the student and its average are float32, outside it
     calibrate  the scale of the LoRA for each number of steps; the student or its slow average
     compare    with the teacher on held-out prompts, from the saved file in a stock pipeline
 
@@ -566,7 +566,7 @@ def train(args: Namespace) -> None:
     bar = tqdm(span, "train", initial=len(rows), total=args.iterations, **args.quiet)
     with interruptible() as asked:
         for iteration in bar:
-            # Passes share U, evenly spread: they have as many teacher rows as one large batch.
+            # --paper: passes share U, evenly spread, with as many teacher rows as a large batch.
             U = torch.rand(1, generator=keyed(args.seed, "share", iteration)).item()
             logged = torch.zeros(4, device=args.device)
             for micro in range(args.process, args.accumulate * args.processes, args.processes):
@@ -939,7 +939,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--paper", action="store_true", help="the paper's windows and share, whatever N is")
     add("--shift-range", type=float, nargs=2, default=(2.5, 4.5), metavar=("LOW", "HIGH"),
         help="of the time shift in training; its middle is what the windows are matched to")
-    add("--shift", type=positive, default=3.0, help="of time in sampling: calibrate and compare")
+    add("--shift", type=positive, default=3.0, help="of time in sampling; see --shift-range")
     add("--guidance", type=float, default=3.5, help="of sampling; training draws it from [0, 8]")
     add = parser.add_argument_group("training").add_argument
     add("--iterations", type=count, default=3000, help="optimizer steps")
@@ -959,7 +959,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--stop-when-matched", action="store_true", help="end at lam* of 1.05, or when it stalls")
     # fmt: on
     args = parser.parse_args(argv)
-    # The slow average remembers a tenth of the run at most, the fast one a fiftieth.
+    # The slow average remembers a tenth of the run at most, the fast one (--paper) a fiftieth.
     slow, fast = (max(0.0, 1 - k / args.iterations) for k in (10, 50))
     settings = dict(slow_decay=min(0.999, slow), fast_decay=min(0.99, fast))
     if not args.paper:

@@ -75,9 +75,9 @@ class ShortcutConfig:
 
     grid_steps: int = 32  # n, the teacher's own steps; the paper's windows lie on its grid
     teacher_ratio: float | None = 0.4  # rho, share of teacher rows; matched: None, all are
-    strides: tuple[int, ...] = (2, 4, 8)  # half the window of a self row in grid steps, not matched
+    strides: tuple[int, ...] = (2, 4, 8)  # half the window of a self row, in grid steps
     shift_range: tuple[float, float] = (2.5, 4.5)  # s ~ U[low, high] (Eq. 17), drawn per row
-    dual: bool = True  # Algorithm 2; False: vanilla, Algorithm 1
+    dual: bool = True  # Algorithm 2; False: vanilla, Algorithm 1; matched: True
     student_steps: int | None = None  # N of the matched windows; None: the paper's windows
     fast_decay: float = 0.99  # of the moving average theta_fast, per optimizer step
     slow_decay: float = 0.999  # of theta_slow
@@ -160,7 +160,8 @@ def sample_windows(
     the grid points from which both steps fit, each row has a shift of its own. The first
     k = floor(rho B + U) rows are the teacher's: exact in expectation for every B. On several
     processes pass the same U, uniform in [0, 1), so that all make equally many network calls.
-    Matched: all are teacher rows, starts are uniform in (0, 1] and the end is `matched_end`.
+    Fusion: teacher rows start anywhere in (0, 1]. Matched: all rows are teacher rows and start so,
+    the first step is cut at 0 and the end is `matched_end`.
     The windows are on the generator's device.
     """
     n, matched, (low, high) = config.grid_steps, config.student_steps, config.shift_range

@@ -82,6 +82,7 @@ def test_two_processes_agree_and_follow_one_that_accumulates(tmp_path):
     assert not list((tmp_path / "out").rglob(".part*"))
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path):
     then = "len(calls) == 3 and os.environ['RANK'] == '1' and os._exit(9)"
     done = torchrun(tmp_path, "--checkpoint-every", 1, then=then)

@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -24,6 +25,7 @@ def test_pictures_of_one_caption_differ_and_repeat():
     assert (a[1:] - a[:-1]).abs().amax((1, 2, 3)).min() > 0.1
 
 
+@pytest.mark.slow
 def test_stock_diffusers_loads_what_it_saves(tmp_path):
     from diffusers import FluxPipeline
 
