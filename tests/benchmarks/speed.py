@@ -1,8 +1,8 @@
-"""How near a training step is to its network calls: python tests/benchmarks/speed.py (5 minutes)
+"""How near a step is to its network calls: python tests/benchmarks/speed.py (90 s on 2 CPU cores)
 
 The floor of a step is its calls of the network: teacher and average without gradient, student
 forward and backward. Trains with flux_distill.train itself, on random weights and cached noise, and
-takes the time within those calls and between the starts of steps. On a CPU: a Flux of 117 million
+takes the time within those calls and between the starts of steps. On a CPU: a Flux of 124 million
 parameters. On a CUDA device: FLUX.1-dev's own configuration, built there in bfloat16, with peak
 memory and the share of the rate of a large matrix product.
 """
