@@ -194,7 +194,9 @@ def shortcut_target(first: Velocity, second: Velocity, x_t: Tensor, windows: Win
     v_1 = first(x_t, windows.t.to(x_t), **cond)
     x_mid = x_t - (t - t_mid) * v_1
     v_2 = second(x_mid, windows.t_mid.to(x_t), **cond)
-    _require(v_1.shape == v_2.shape == x_t.shape, f"velocity {[*v_2.shape]} must be like x_t")
+    _require(
+        v_1.shape == v_2.shape == x_t.shape, f"{[*v_1.shape]}, {[*v_2.shape]} must be like x_t"
+    )
     x_end = x_mid - (t_mid - t_end) * v_2
     return (x_t - x_end) / (t - t_end)  # Eq. 11-12
 

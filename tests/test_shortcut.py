@@ -342,7 +342,7 @@ def test_training_on_matched_windows_ends_at_the_wanted_lookahead(shift):
     "shift, kind, means, squares",
     [
         (1.0, "paper", (0.215, 0.172, 0.080), (2.9, 1.7, 0.4)),
-        (1.0, "matched", (0.167, 0.167, 0.163), (1.6, 1.6, 1.0)),
+        (1.0, "matched", (0.167, 0.167, 0.163), (1.6, 1.5, 1.0)),
         (3.0, "paper", (0.137, 0.166, 0.127), (8.0, 2.9, 0.3)),
         (3.0, "matched", (0.071, 0.129, 0.290), (2.6, 2.3, 1.0)),
     ],
@@ -697,10 +697,10 @@ def test_bad_tensors_are_refused():
     for net in (lambda x, t: x[:, :1], lambda x, t: x[:1]):  # would broadcast in silence
         with pytest.raises(ValueError, match=r"velocity \[\d, \d\] must be like x_0"):
             sc.shortcut_loss(FLAT, windows, x, x, student=net, **FOUR)
-        with pytest.raises(ValueError, match=r"velocity \[\d, \d\] must be like x_t"):
+        with pytest.raises(ValueError, match=r"\[4, 2\], \[\d, \d\] must be like x_t"):
             sc.shortcut_loss(FLAT, windows, x, x, student=constant(0), **FOUR | {"slow": net})
     narrow = dict.fromkeys(("first", "second"), constant(1)) | {"first": lambda x, t: x[:, :1]}
-    with pytest.raises(ValueError, match="must be like x_t"):
+    with pytest.raises(ValueError, match=r"\[4, 1\], \[4, 2\] must be like x_t"):
         sc.shortcut_target(x_t=x, windows=windows, **narrow)
     with pytest.raises(ValueError, match="slow=None"):
         sc.shortcut_loss(FLAT, windows, x, x, student=None, fast=None, teacher=constant(1))

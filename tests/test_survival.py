@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-from test_flux import SMALL, TINY, content, fd, picture, run, same_run, says, sc, train
+from test_flux import SMALL, TINY, content, fd, picture, prepared, run, same_run, says, sc, train
 
 PATIENCE = 300  # seconds for a whole run on a busy machine
 
@@ -211,8 +211,7 @@ def test_not_a_number_in_a_gradient_stops_before_the_step(tmp_path, monkeypatch)
 @pytest.mark.parametrize("kind", ["latent", "text"])
 def test_not_a_number_in_the_cache_is_named(tmp_path, kind):
     out = tmp_path / "out"
-    fd.make_cache(args := fd_prepared(out))
-    path = fd.entry(args, kind, 4)
+    path = fd.entry(prepared(out), kind, 4)
     tensors, metadata = load_file(path), fd.read_metadata(path)
     tensors[kind].view(-1)[7] = float("nan")
     fd.write_tensors(path, tensors, metadata)
@@ -222,12 +221,6 @@ def test_not_a_number_in_the_cache_is_named(tmp_path, kind):
     assert not state.exists() or all(x.isfinite().all() for x in load_file(state).values())
     path.unlink()
     run(out)
-
-
-def fd_prepared(out):
-    args = fd.parse([*SMALL.split(), "--out", str(out)])
-    fd.prepare(args)
-    return args
 
 
 TEXTS = ("a red circle, " * 150, "красный круг", "红色的圆圈 🔴", "دائرة حمراء", r"$\frac{a ${ %s",

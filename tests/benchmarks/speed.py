@@ -42,7 +42,7 @@ class Clock:
     """Seconds within network calls and backward passes, and when steps start."""
 
     def __init__(self, device: str):
-        self.device, self.inside, self.starts, self.counting = device, 0.0, [], None
+        self.device, self.inside, self.starts = device, 0.0, []
         self.originals = FluxTransformer2DModel.forward, torch.Tensor.backward, fd.sc.sample_windows
 
     def now(self) -> float:
