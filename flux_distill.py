@@ -50,11 +50,11 @@ import shortcut as sc
 FLUX = "black-forest-labs/FLUX.1-dev"
 LORA = "pytorch_lora_weights.safetensors"
 FINE = 32  # steps of the teacher that stand for all of its quality
-STEPS, WATCHED = (2, 3, 4, 6, 8), (2, 3, 4, 8)  # calibrated and compared; logged while training
+STEPS = (2, 3, 4, 6, 8)  # watched while training, calibrated and compared; with --student-steps
 TEXT_SIDE = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 TEXT_TOKENS = 256  # of T5, or fewer where its tokenizer's longest text is shorter
 MAX_GUIDANCE, POOL_GUIDANCE = 8.0, 3.5  # training draws it from [0, 8]; for what the teacher draws
-TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1}  # what it sets, and what holds without it
+TORCHRUN = (("RANK", 0), ("WORLD_SIZE", 1))  # what it sets, and what holds without it
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 SMALLER = """what helps, in this order: gradient checkpointing (no --no-checkpointing), --batch 4 \
 --accumulate 2 (down to --batch 1), --rank 16, --quantize int8, --layers blocks, --resolution 256"""
@@ -74,6 +74,17 @@ a robot watering plants on a balcony, pencil drawing; a plate of strawberries, s
 
 def die(sentence: str):
     raise SystemExit(f"flux_distill.py: {sentence}")
+
+
+@contextmanager
+def explain(sentence: str, *kinds: type[Exception]):
+    """End with a sentence, not a traceback, on these errors; out of memory is main's to explain."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except kinds as error:
+        die(f"{sentence} ({type(error).__name__})")
 
 
 def digest(value) -> str:
@@ -129,15 +140,26 @@ def read_metadata(path: Path) -> dict:
 
 def file_print(path: Path) -> list:
     """Tells a file from another: its size and a hash of 16 pieces of it."""
-    size, pieces = path.stat().st_size, hashlib.sha256()
+    size = path.stat().st_size
     with open(path, "rb") as file:
-        for k in range(16):
-            file.seek(size * k // 16)
-            pieces.update(file.read(2**19))
-    return [size, pieces.hexdigest()]
+        pieces = [file.read(2**19) for k in range(16) if file.seek(size * k // 16) >= 0]
+    return [size, hashlib.sha256(b"".join(pieces)).hexdigest()]
 
 
 # -------------------------------------------------------------------- the model, checked and loaded
+
+
+REFUSALS = (  # the first that fits an error on the way to a model
+    (hub.GatedRepoError, "is gated: accept its licence at https://huggingface.co/{0}, run"
+     " `hf auth login`, and start again"),
+    ((hub.RepositoryNotFoundError, hub.HFValidationError),
+     "is no folder here and no public model on the Hub (private: `hf auth login`)"),
+    ((hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled),
+     "is no folder here and the Hub can't be reached: give a folder, or go online"),
+    ((hub.EntryNotFoundError, FileNotFoundError, ValueError, KeyError, TypeError),
+     "is not a whole diffusers pipeline: it needs a model_index.json, transformer/ and vae/"),
+    (Exception, "can't be reached: go online, or give a folder"),  # whatever networks come up with
+)  # fmt: skip
 
 
 def locate(args: Namespace) -> Path:
@@ -147,31 +169,23 @@ def locate(args: Namespace) -> Path:
     files = ("model_index.json", "transformer/config.json", "vae/config.json")
     try:
         index, config, vae = (json.loads(Path(get(file)).read_text()) for file in files)
-        kind, blocks = index["_class_name"], vae["block_out_channels"]
-        guided, args.channels = config.get("guidance_embeds"), config["in_channels"]
-    except hub.GatedRepoError:
-        die(f"{name} is gated: accept its licence at https://huggingface.co/{args.model}, run"
-            " `hf auth login`, and start again")  # fmt: skip
-    except (hub.RepositoryNotFoundError, hub.HFValidationError):
-        die(f"{name} is no folder here and no public model on the Hub (private: `hf auth login`)")
-    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):
-        die(f"{name} is no folder here and the Hub can't be reached: give a folder, or go online")
-    except (hub.EntryNotFoundError, FileNotFoundError, ValueError, KeyError, TypeError):
-        die(f"{name} is not a whole diffusers pipeline: it needs {', '.join(files)}")
-    except Exception as error:  # whatever the network comes up with
-        die(f"{name} can't be reached ({type(error).__name__}): go online, or give a folder")
+        kind, args.channels = index["_class_name"], config["in_channels"]
+        halvings = len(
+            vae["block_out_channels"]
+        )  # all but one by the VAE; a token is 2 x 2 latents
+    except Exception as error:
+        words = next(words for kinds, words in REFUSALS if isinstance(error, kinds))
+        die(f"{name} {words.format(args.model)}")
     if kind != "FluxPipeline":
         die(f"{name} is a {kind}: this distils a FluxPipeline, FLUX.1-dev or a tune of it")
-    if not guided:
+    if not config.get("guidance_embeds"):
         die(f"{name} takes no guidance: FLUX.1-schnell and its like sample in 4 steps already")
-    args.size = (args.resolution // 2 ** len(blocks),) * 2  # a token is 2 x 2 latents
+    args.size = (args.resolution // 2**halvings,) * 2
     if not args.sample:
         check_memory(args, config)
-    try:
+    with explain(f"{name} can't be downloaded; with network and disk for 34 GB the same command"
+                 " goes on", Exception):  # fmt: skip
         return folder if folder.is_dir() else Path(FluxPipeline.download(args.model))
-    except Exception as error:
-        die(f"{name} can't be downloaded ({type(error).__name__}): the same command goes on when"
-            " there is network and disk for 34 GB")  # fmt: skip
 
 
 def check_memory(args: Namespace, config: dict) -> None:
@@ -196,33 +210,25 @@ def check_memory(args: Namespace, config: dict) -> None:
 
 
 def load(args: Namespace, part: str) -> FluxPipeline:
-    """The stock pipeline: "text" or "image" side or "all", frozen; one is in memory at a time.
+    """The stock pipeline: "text" or "image" side or "all"; one is in memory at a time.
 
     "fresh" is an image side to which nothing was done yet.
     """
-    if args.loaded[0] == part:
-        return args.loaded[1]
-    args.loaded = (None, None)
-    free_memory()
-    absent = {"text": ("transformer", "vae"), "all": ()}.get(part, TEXT_SIDE)
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    more = dict.fromkeys(absent)
-    if args.quantize and part != "text":
-        more["quantization_config"] = int8()
-    try:
-        pipe = FluxPipeline.from_pretrained(args.folder, dtype=dtype, **more)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        die(f"--model {args.model} can't be loaded ({type(error).__name__}): is it complete?")
-    pipe.to(args.device)
-    pipe.set_progress_bar_config(disable=True)
-    for module in pipe.components.values():
-        if isinstance(module, torch.nn.Module):
-            module.requires_grad_(False).eval()
-    set_shift(pipe, args.shift)
-    args.loaded = (part, pipe)
-    return pipe
+    if args.loaded[0] != part:
+        args.loaded = (None, None)
+        free_memory()
+        absent = {"text": ("transformer", "vae"), "all": ()}.get(part, TEXT_SIDE)
+        more = {"dtype": torch.bfloat16 if args.device == "cuda" else torch.float32}
+        if args.quantize and part != "text":
+            more["quantization_config"] = int8()
+        kinds = (OSError, ValueError, RuntimeError, SafetensorError)
+        with explain(f"--model {args.model} can't be loaded: is it complete?", *kinds):
+            pipe = FluxPipeline.from_pretrained(args.folder, **dict.fromkeys(absent), **more)
+        pipe.to(args.device)
+        pipe.set_progress_bar_config(disable=True)
+        set_shift(pipe, args.shift)
+        args.loaded = (part, pipe)
+    return args.loaded[1]
 
 
 def int8():
@@ -305,10 +311,9 @@ class Adapter:
 
 def read_prompts(args: Namespace) -> tuple[list[str], list[str]]:
     """All prompts, and the last --held-out different ones, which are not trained on."""
-    try:
-        text = args.prompts.read_text("utf-8-sig") if args.prompts else PROMPTS.replace("; ", "\n")
-    except (OSError, UnicodeDecodeError) as error:
-        die(f"--prompts {args.prompts} can't be read as a text file ({type(error).__name__})")
+    text, unreadable = PROMPTS.replace("; ", "\n"), (OSError, UnicodeDecodeError)
+    with explain(f"--prompts {args.prompts} can't be read as a text file", *unreadable):
+        text = args.prompts.read_text("utf-8-sig") if args.prompts else text
     lines = [line for line in map(tidy, text.splitlines()) if line]
     held_out = list(dict.fromkeys(lines))[-args.held_out :]
     if len(set(lines)) < args.held_out + (not args.images):
@@ -330,14 +335,11 @@ def read_images(folder: Path) -> list[tuple[Path, str]]:
     for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in kinds):
         try:
             open_image(path, 64)
-            caption = tidy(path.with_suffix(".txt").read_text("utf-8-sig"))
-            pairs.append((path, caption)) if caption else skipped.append(f"{path.stem}.txt (empty)")
-        except FileNotFoundError:
-            skipped.append(f"{path.name} (no {path.stem}.txt)")
-        except UnicodeDecodeError:
-            skipped.append(f"{path.stem}.txt (not UTF-8 text)")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            skipped.append(f"{path.name} (not a readable image)")
+            if not (caption := tidy(path.with_suffix(".txt").read_text("utf-8-sig"))):
+                raise ValueError(f"{path.stem}.txt is empty")
+            pairs.append((path, caption))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            skipped.append(f"{path.name}, {path.stem}.txt: {error}")
     if skipped:
         print(f"skipped {len(skipped)}, kept {len(pairs)} images:", *skipped, sep="\n  ")
     if not pairs:
@@ -475,9 +477,8 @@ class Validation:
     def lam(self, weights: list[Tensor], steps: int) -> float:
         times = sc.time_grid(steps, self.args.shift).to(self.args.device)
         student = self.adapter.velocity(weights, self.args.size)
-        return sc.optimal_scale(
-            student, self.teachers[steps], self.noise, times, **self.cond
-        ).item()
+        teacher = self.teachers[steps]
+        return sc.optimal_scale(student, teacher, self.noise, times, **self.cond).item()
 
     def search(self, weights: list[Tensor], steps: int) -> tuple[float, float]:
         """Least distance to where FINE steps end, and its scale: two searches, from lam* on."""
@@ -494,7 +495,7 @@ class Validation:
         ends = [self.coarse, self.end(weights, N), self.fine]
         pictures = [decode(load(args, "image"), x[: len(texts)], args.size) for x in ends]
         draw(args, pictures, texts, f"validation/{name}.png")
-        lams = {f"lam_{n}": self.lam(weights, n) for n in args.watched}
+        lams = {f"lam_{n}": self.lam(weights, n) for n in args.steps}
         return lams | {"teacher_rmse": rms(ends[0] - ends[2]), "rmse": rms(ends[1] - ends[2])}
 
 
@@ -512,13 +513,12 @@ def remember(velocity):
 
 def verdict(args: Namespace, row: dict[str, float]) -> str:
     """In words, whether the student learned."""
-    N, lam = args.student_steps, row[f"lam_{args.student_steps}"]
-    distances = (f"in {N} steps the student ends {row['rmse']:.3f} from the teacher's {FINE} steps,"
-                 f" the teacher itself {row['teacher_rmse']:.3f}")  # fmt: skip
-    nearness = row["rmse"] / row["teacher_rmse"]
-    if lam < 0.8 and not 0.98 <= nearness <= 1.02:
+    N, student, teacher = args.student_steps, row["rmse"], row["teacher_rmse"]
+    distances = (f"in {N} steps the student ends {student:.3f} from the teacher's {FINE} steps, the"
+                 f" teacher itself {teacher:.3f}")  # fmt: skip
+    if (lam := row[f"lam_{N}"]) < 0.8 and abs(student / teacher - 1) > 0.02:
         return f"ALARM, overshot: lam* is {lam:.2f}; {distances}; use its scale, or train shorter"
-    if not nearness < 0.98:
+    if not student < 0.98 * teacher:
         return f"ALARM, inert student: {distances}; train longer or with a higher --learning-rate"
     return distances
 
@@ -572,9 +572,8 @@ def train(args: Namespace) -> None:
             for micro in range(args.process, args.accumulate * args.processes, args.processes):
                 generator = keyed(args.seed, "train", iteration, micro)
                 x_0, noise, size, cond = draw_batch(args, pool, generator)
-                windows = sc.sample_windows(
-                    config, args.batch, U=(U + micro * share) % 1, generator=generator
-                )
+                U_micro = (U + micro * share) % 1
+                windows = sc.sample_windows(config, args.batch, U=U_micro, generator=generator)
                 # Targets first, the student last: its weights must stay for the backward.
                 velocities = {name: adapter.velocity(ws, size) for name, ws in sets.items()}
                 velocities["teacher"] = adapter.velocity(None, size)
@@ -676,16 +675,15 @@ def write_log(args: Namespace, rows: list[dict]) -> None:
     lines = [names, *([row.get(name, "") for name in names] for row in rows)]
     write_text(args.out / "log.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
     panels = {"loss": ["teacher_loss", "self_loss"], "|student - target| / |target|": ["residual"]}
-    panels["lam* of N steps; 1: matched, less: overshot"] = [f"lam_{n}" for n in args.watched]
+    panels["lam* of N steps; 1: matched, less: overshot"] = [f"lam_{n}" for n in args.steps]
     figure = Figure((13, 3.8), layout="constrained")
     for axis, (title, names) in zip(figure.subplots(1, 3), panels.items()):
         for name in names:
-            if not (kept := [r for r in rows if math.isfinite(r.get(name, math.nan))]):
-                continue
-            span = max(1, len(kept) // 40)  # a point is the mean of so many rows
-            few = [kept[i : i + span] for i in range(0, len(kept), span)]
-            y = [sum(r[name] for r in some) / len(some) for some in few]
-            axis.plot([some[-1]["iteration"] for some in few], y, ".-", label=name)
+            points = [
+                (r["iteration"], y) for r in rows if math.isfinite(y := r.get(name, math.nan))
+            ]
+            if points:
+                axis.plot(*zip(*points), ".-" if len(points) < 99 else "-", lw=0.9, label=name)
         axis.set(title=title, xlabel="iteration")
         axis.legend(frameon=False)
     axis.axhline(1, color="black", lw=0.8)
@@ -850,8 +848,6 @@ image = pipe("PROMPT", num_inference_steps={student_steps}, guidance_scale={guid
 
 Scale for each number of steps: {scales}.
 
-## Measured
-
 RMSE of latents / PSNR of pictures (dB) to {fine} steps of the teacher, {noises} noises, held-out
 prompts. Two seeds of the teacher are {seed_to_seed:.3f} apart. Scaled: by the last row.
 
@@ -861,22 +857,22 @@ Saved: the {weights}, after {iterations} iterations. On the validation prompts, 
 {note}. In a fresh diffusers pipeline the file gives the latents of
 training, relative difference {self_check:.1g}; other tools are untested.
 
-## Settings
-
-{list}
+Settings: {list}.
 """
 
 
 def card(args: Namespace, results: dict) -> str:
     """The model card."""
     adapter, dev = results["adapter"], "flux.1-dev" in args.base_model.lower()
-    scales = ", ".join(f"{n}: {scale}" for n, scale in adapter["scales"].items())
-    settings = "\n".join(f"- {name}: {value}" for name, value in adapter["settings"].items())
+    words = {
+        k: ", ".join(f"{n}: {x}" for n, x in adapter[k].items()) for k in ("scales", "settings")
+    }
     return CARD.format(**results | adapter | {
-        "scale": adapter["scales"][adapter["student_steps"]], "scales": scales, "list": settings,
+        "scale": adapter["scales"][adapter["student_steps"]], "scales": words["scales"],
+        "list": words["settings"], "table": markdown(results), "lora": LORA, "fine": FINE,
         "license_name": "flux-1-dev-non-commercial-license" if dev else "that-of-the-base-model",
         "dtype": "bfloat16" if args.device == "cuda" else "float32", "device": args.device,
-        "table": markdown(results), "lora": LORA, "fine": FINE, "out": args.out.resolve().name,
+        "out": args.out.resolve().name,
     })  # fmt: skip
 
 
@@ -907,12 +903,10 @@ def at_least(low: float, unit: int = 1):
     """An argparse type: a number of low's kind, finite; integers are multiples of unit."""
 
     def number(text: str) -> float:
-        value = type(low)(text)
-        if isinstance(value, int) and value % unit:
-            near = unit * max(1, round(value / unit))
-            raise ArgumentTypeError(f"{text} must be a multiple of {unit}: {near} is near")
-        if not low <= value < math.inf:
+        if not low <= (value := type(low)(text)) < math.inf:
             raise ArgumentTypeError(f"{text} must be at least {low}")
+        if type(low) is int and value % unit:
+            raise ArgumentTypeError(f"{text} must be a multiple of {unit}")
         return value
 
     return number
@@ -977,7 +971,7 @@ def parse(argv: list[str] | None) -> Namespace:
 def prepare(args: Namespace) -> None:
     """Find model and data, and what identifies them; refuse --out of another run."""
     args.device, args.loaded = "cuda" if torch.cuda.is_available() else "cpu", (None, None)
-    args.process, args.processes = (int(os.environ.get(k, d)) for k, d in TORCHRUN.items())
+    args.process, args.processes = (int(os.environ.get(k, d)) for k, d in TORCHRUN)
     args.lead = args.process == 0  # the one that validates and writes
     args.quiet = {} if args.lead else {"disable": True}
     if args.processes > 1:
@@ -985,11 +979,9 @@ def prepare(args: Namespace) -> None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         engine = "nccl" if args.device == "cuda" else "gloo"
         dist.init_process_group(engine, timeout=timedelta(hours=2))
-    args.lora, args.state, args.check = (
-        args.out / name
-        for name in (LORA, "checkpoint/state.safetensors", "cache/check.safetensors")
-    )
-    args.steps, args.watched = (sorted({*ns, args.student_steps}) for ns in (STEPS, WATCHED))
+    args.lora, args.check = args.out / LORA, args.out / "cache/check.safetensors"
+    args.state, args.steps = args.out / "checkpoint/state.safetensors", {*STEPS, args.student_steps}
+    args.steps = sorted(args.steps)
     args.base_model = Path(args.model).name if Path(args.model).is_absolute() else args.model
     args.folder = locate(args)
     files = sorted(args.folder.glob("*/*.json")) + sorted(args.folder.glob("*/*.safetensors"))
@@ -1008,9 +1000,7 @@ def prepare(args: Namespace) -> None:
     args.validation = list(range(third))
     args.comparison = list(range(third, len(held_out)))
     drawn = [args.seed, args.shift_range, args.quantize, FINE, POOL_GUIDANCE]
-    data = [
-        [text, *(file_print(file) if file else (i, *drawn))] for i, (file, text) in enumerate(pairs)
-    ]
+    data = [[text, *(file_print(f) if f else (i, *drawn))] for i, (f, text) in enumerate(pairs)]
     args.keys = {
         "text": [digest([model, args.device, TEXT_TOKENS, text]) for text in args.texts],
         "latent": [digest([model, args.device, args.resolution, *item]) for item in data],
@@ -1027,11 +1017,10 @@ def prepare(args: Namespace) -> None:
     for path in filter(Path.exists, (args.state, args.lora)):
         if not (found := read_metadata(path).get("settings")):
             die(f"{path} is damaged: delete it to make it anew, or give another --out")
-        changes = [
-            f"{k} {found.get(k)}, now {v}" for k, v in args.settings.items() if found.get(k) != v
-        ]
-        if changes:
-            die(f"--out {args.out} holds a run of other settings ({'; '.join(changes)}): repeat"
+        others = [f"{k} {found.get(k)}, now {v}" for k, v in args.settings.items()
+                  if found.get(k) != v]  # fmt: skip
+        if others:
+            die(f"--out {args.out} holds a run of other settings ({'; '.join(others)}): repeat"
                 " them, give another --out, or delete it")  # fmt: skip
 
 

@@ -28,7 +28,7 @@ sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
 import flux_distill as fd
-fd.FINE, fd.STEPS, fd.WATCHED = 8, (3,), (3,)
+fd.FINE, fd.STEPS = 8, (3,)
 """
 # A process that leaves its three weight sets behind, as they are after the last iteration.
 SPY = """
@@ -92,7 +92,7 @@ def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path):
 
 def victim(out: str, moment: int, record: str) -> None:
     """A run that is killed at an event: amid or around a write, a training pass, a rendering."""
-    fd.FINE, fd.STEPS, fd.WATCHED = 8, (3,), (3,)
+    fd.FINE, fd.STEPS = 8, (3,)
     torch.set_num_threads(1)
     events, phase = [], []
     save, replace, loss, sample = fd.save_file, Path.replace, sc.shortcut_loss, fd.sample
