@@ -44,6 +44,7 @@ from diffusers.training_utils import free_memory, generate_aspect_ratio_buckets
 from huggingface_hub import errors as hub
 from huggingface_hub import hf_hub_download
 from peft import LoraConfig, get_peft_model_state_dict
+from transformers import CLIPTextModel, T5EncoderModel
 
 import shortcut as sc
 
@@ -51,7 +52,8 @@ FLUX = "black-forest-labs/FLUX.1-dev"
 LORA = "pytorch_lora_weights.safetensors"
 FINE = 32  # steps of the teacher that stand for all of its quality
 STEPS = (2, 3, 4, 6, 8)  # watched while training, calibrated and compared; with --student-steps
-TEXT_SIDE = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
+TEXT_SIDE = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2")
 TEXT_TOKENS = 256  # of T5, or fewer where its tokenizer's longest text is shorter
 MAX_GUIDANCE, POOL_GUIDANCE = 8.0, 3.5  # training draws it from [0, 8]; for what the teacher draws
 TORCHRUN = (("RANK", 0), ("WORLD_SIZE", 1))  # what it sets, and what holds without it
@@ -217,13 +219,20 @@ def load(args: Namespace, part: str) -> FluxPipeline:
     if args.loaded[0] != part:
         args.loaded = (None, None)
         free_memory()
+        dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
         absent = {"text": ("transformer", "vae"), "all": ()}.get(part, TEXT_SIDE)
-        more = {"dtype": torch.bfloat16 if args.device == "cuda" else torch.float32}
+        more, kinds = dict.fromkeys(absent), (OSError, ValueError, RuntimeError, SafetensorError)
         if args.quantize and part != "text":
             more["quantization_config"] = int8()
-        kinds = (OSError, ValueError, RuntimeError, SafetensorError)
         with explain(f"--model {args.model} can't be loaded: is it complete?", *kinds):
-            pipe = FluxPipeline.from_pretrained(args.folder, **dict.fromkeys(absent), **more)
+            for name in TEXT_ENCODERS.keys() - absent:  # by default made up if the file lacks some
+                more[name], info = TEXT_ENCODERS[name].from_pretrained(
+                    args.folder / name, dtype=dtype, output_loading_info=True
+                )
+                if missing := info["missing_keys"]:
+                    die(f"--model {args.model}: {name} lacks {len(missing)} weights that this"
+                        " version of transformers wants: try a newer one")  # fmt: skip
+            pipe = FluxPipeline.from_pretrained(args.folder, dtype=dtype, **more)
         pipe.to(args.device)
         pipe.set_progress_bar_config(disable=True)
         set_shift(pipe, args.shift)

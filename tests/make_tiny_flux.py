@@ -17,6 +17,7 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import (
     CLIPTextConfig,
@@ -198,6 +199,10 @@ def main(argv=None):
     train_flux(pipe, args.iterations, generator, args.pictures)
     refine_decoder(vae, 2 * args.vae_iterations)
     pipe.to(torch.float16).save_pretrained(args.out)
+    # Names that every version of transformers reads: older ones know only these.
+    weights = load_file(file := args.out / "text_encoder" / "model.safetensors")
+    names = {name: "text_model." + name.removeprefix("text_model.") for name in weights}
+    save_file({names[name]: x for name, x in weights.items()}, file, {"format": "pt"})
     # Each caption ten times, shapes and colours mixed: whichever come last are of all kinds.
     lines = [CAPTIONS[7 * i % len(CAPTIONS)] for i in range(10 * len(CAPTIONS))]
     (args.out / "prompts.txt").write_text("\n".join(lines) + "\n")

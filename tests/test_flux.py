@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -350,6 +350,7 @@ def test_the_base_stays_and_only_the_lora_is_trained(tmp_path, monkeypatch):
     after = {n.replace(".base_layer", ""): p for n, p in net.named_parameters() if "lora" not in n}
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(p.requires_grad or p.grad is not None for p in after.values())
     lora = [p for n, p in net.named_parameters() if "lora" in n]
     assert [w.shape for w in seen] == [p.shape for p in lora]
     assert all(w.dtype == torch.float32 and not w.is_set_to(p) for w, p in zip(seen, lora))
@@ -757,6 +758,14 @@ def test_error_half_a_model(tmp_path):
     folder = copied(TINY, tmp_path / "model")
     next((folder / "transformer").glob("*.safetensors")).unlink()
     says("can't be loaded", "--model", folder, "--out", tmp_path / "out")
+
+
+def test_error_weights_that_would_be_made_up(tmp_path):
+    """Names of another version of transformers: it would draw the weights at random, and go on."""
+    folder = copied(TINY, tmp_path / "model")
+    file = folder / "text_encoder" / "model.safetensors"
+    save_file({f"other.{name}": x for name, x in load_file(file).items()}, file, {"format": "pt"})
+    says("text_encoder lacks [0-9]+ weights", "--model", folder, "--out", tmp_path / "out")
 
 
 def test_error_schnell_and_other_models(tmp_path):
