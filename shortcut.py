@@ -92,9 +92,7 @@ class ShortcutConfig:
         if N is None:
             _require(rho is not None and 0 <= rho <= 1, f"teacher_ratio={rho} must lie in [0, 1]")
             fit = all(1 <= d <= half and d % 1 == 0 for d in self.strides or [0])
-            _require(
-                fit, f"strides={self.strides} must be integers in [1, grid_steps/2 = {half:g}]"
-            )
+            _require(fit, f"strides={self.strides} must be integers in [1, grid_steps/2={half:g}]")
         else:
             _require(1 <= N <= half, f"student_steps={N} must lie in [1, grid_steps/2 = {half:g}]")
             _require(rho is None, f"teacher_ratio={rho} must be None where student_steps={N}")
@@ -194,9 +192,7 @@ def shortcut_target(first: Velocity, second: Velocity, x_t: Tensor, windows: Win
     v_1 = first(x_t, windows.t.to(x_t), **cond)
     x_mid = x_t - (t - t_mid) * v_1
     v_2 = second(x_mid, windows.t_mid.to(x_t), **cond)
-    _require(
-        v_1.shape == v_2.shape == x_t.shape, f"{[*v_1.shape]}, {[*v_2.shape]} must be like x_t"
-    )
+    _require(v_1.shape == v_2.shape == x_t.shape, f"{v_1.shape}, {v_2.shape} must be like x_t")
     x_end = x_mid - (t_mid - t_end) * v_2
     return (x_t - x_end) / (t - t_end)  # Eq. 11-12
 

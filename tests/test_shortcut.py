@@ -697,10 +697,10 @@ def test_bad_tensors_are_refused():
     for net in (lambda x, t: x[:, :1], lambda x, t: x[:1]):  # would broadcast in silence
         with pytest.raises(ValueError, match=r"velocity \[\d, \d\] must be like x_0"):
             sc.shortcut_loss(FLAT, windows, x, x, student=net, **FOUR)
-        with pytest.raises(ValueError, match=r"\[4, 2\], \[\d, \d\] must be like x_t"):
+        with pytest.raises(ValueError, match=r"\[4, 2\]\), .*\[\d, \d\]\) must be like x_t"):
             sc.shortcut_loss(FLAT, windows, x, x, student=constant(0), **FOUR | {"slow": net})
     narrow = dict.fromkeys(("first", "second"), constant(1)) | {"first": lambda x, t: x[:, :1]}
-    with pytest.raises(ValueError, match=r"\[4, 1\], \[4, 2\] must be like x_t"):
+    with pytest.raises(ValueError, match=r"\[4, 1\]\), .*\[4, 2\]\) must be like x_t"):
         sc.shortcut_target(x_t=x, windows=windows, **narrow)
     with pytest.raises(ValueError, match="slow=None"):
         sc.shortcut_loss(FLAT, windows, x, x, student=None, fast=None, teacher=constant(1))
