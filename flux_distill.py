@@ -152,8 +152,8 @@ def file_print(path: Path) -> list:
 
 
 REFUSALS = (  # the first that fits an error on the way to a model
-    (hub.GatedRepoError, "is gated: accept its licence at https://huggingface.co/{0}, run"
-     " `hf auth login`, and start again"),
+    (hub.GatedRepoError, "is gated: accept its licence at https://huggingface.co/{0}, run `hf auth"
+     " login` (a fine-grained token needs access to gated repositories), and start again"),
     ((hub.RepositoryNotFoundError, hub.HFValidationError),
      "is no folder here and no public model on the Hub (private: `hf auth login`)"),
     ((hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled),
@@ -176,12 +176,16 @@ def locate(args: Namespace) -> Path:
             vae["block_out_channels"]
         )  # all but one by the VAE; a token is 2 x 2 latents
     except Exception as error:
-        words = next(words for kinds, words in REFUSALS if isinstance(error, kinds))
+        status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
+        error = hub.GatedRepoError if status in (401, 403) else type(error)  # else: "not found"
+        words = next(words for kinds, words in REFUSALS if issubclass(error, kinds))
         die(f"{name} {words.format(args.model)}")
     if kind != "FluxPipeline":
         die(f"{name} is a {kind}: this distils a FluxPipeline, FLUX.1-dev or a tune of it")
     if not config.get("guidance_embeds"):
         die(f"{name} takes no guidance: FLUX.1-schnell and its like sample in 4 steps already")
+    if args.sample:
+        args.resolution = read_adapter(args)["resolution"]
     args.size = (args.resolution // 2**halvings,) * 2
     if not args.sample:
         check_memory(args, config)
@@ -203,6 +207,8 @@ def check_memory(args: Namespace, config: dict) -> None:
     kept = blocks + 45 if args.checkpointing else 28 * blocks  # activations a token, of its width
     tokens = args.batch * (math.prod(args.size) + TEXT_TOKENS)
     base = parameters * (1 if args.quantize else width)
+    if args.quantize and not args.checkpointing:
+        base += parameters * width  # torchao computes with copies, autograd keeps them
     lists = 6 if args.paper else 5  # student, gradient, two moments, averages, in float32
     need = base + width * tokens * kept * net.inner_dim + lora * (4 * lists + 2 * width)
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -212,15 +218,15 @@ def check_memory(args: Namespace, config: dict) -> None:
 
 
 def load(args: Namespace, part: str) -> FluxPipeline:
-    """The stock pipeline: "text" or "image" side or "all"; one is in memory at a time.
+    """The stock pipeline's "text" or "image" side, or "fresh": an image side as on disk.
 
-    "fresh" is an image side to which nothing was done yet.
+    One is in memory at a time.
     """
     if args.loaded[0] != part:
-        args.loaded = (None, None)
+        args.loaded, args.validator = (None, None), None
         free_memory()
         dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-        absent = {"text": ("transformer", "vae"), "all": ()}.get(part, TEXT_SIDE)
+        absent = ("transformer", "vae") if part == "text" else TEXT_SIDE
         more, kinds = dict.fromkeys(absent), (OSError, ValueError, RuntimeError, SafetensorError)
         if args.quantize and part != "text":
             more["quantization_config"] = int8()
@@ -270,7 +276,7 @@ class Adapter:
     """
 
     def __init__(self, args: Namespace):
-        self.net, r = load(args, "image").transformer, args.rank
+        self.net, self.batch, r = load(args, "image").transformer, args.batch, args.rank
         if not getattr(self.net, "peft_config", None):
             torch.manual_seed(args.seed)
             kind = dict(init_lora_weights="gaussian", target_modules=targets(args, self.net))
@@ -297,12 +303,17 @@ class Adapter:
         net, like = self.net, self.params[0]
         ids = FluxPipeline._prepare_latent_image_ids(1, *size, like.device, like.dtype)
 
-        def velocity(x: Tensor, t: Tensor, *, text: Tensor, pooled: Tensor, guidance: Tensor):
+        def velocity(x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+            if len(x) > self.batch:  # only where there is no backward
+                parts = zip(*(v.split(self.batch) for v in (x, t, *cond.values())))
+                return torch.cat([velocity(x, t, **dict(zip(cond, c))) for x, t, *c in parts])
             self.use(weights)
+            if like.dtype != torch.float32:
+                t = (1000 * t).to(like.dtype) / 1000  # rounded as the stock pipeline rounds
             return net(
-                hidden_states=x.to(like.dtype), timestep=t, guidance=guidance, img_ids=ids,
-                encoder_hidden_states=text, pooled_projections=pooled,
-                txt_ids=ids.new_zeros(text.shape[1], 3),
+                hidden_states=x.to(like.dtype), timestep=t, guidance=cond["guidance"], img_ids=ids,
+                encoder_hidden_states=cond["text"], pooled_projections=cond["pooled"],
+                txt_ids=ids.new_zeros(cond["text"].shape[1], 3),
             ).sample.float()  # fmt: skip
 
         return velocity
@@ -568,6 +579,7 @@ def train(args: Namespace) -> None:
     if args.checkpointing:
         adapter.net.enable_gradient_checkpointing()
     pool, validation = {}, args.lead and Validation(args, adapter)
+    args.validator = validation
     for i, pair in enumerate(args.pairs):
         latent = read(args, "latent", [i])["latent"][0].cpu()
         pool.setdefault(latent.shape[:2], []).append((pair.text, latent.flatten(0, 1)))
@@ -607,7 +619,9 @@ def train(args: Namespace) -> None:
             rows.append(row | {"gradient_norm": norm, "learning_rate": rate})
             done = iteration == args.iterations
             if args.lead and (done or iteration % args.validate_every == 0):
+                bar.set_description("validate")  # the first takes minutes, later ones seconds
                 rows[-1] |= validation.report(student, f"{iteration:06d}")
+                bar.set_description("train")
                 bar.set_postfix({f"lam*({N})": f"{rows[-1][f'lam_{N}']:.2f}"})
                 if 2 * iteration >= args.iterations and "ALARM" in verdict(args, rows[-1]):
                     tqdm.write(f"iteration {iteration}: {verdict(args, rows[-1])}")
@@ -642,7 +656,12 @@ def add_up(args: Namespace, *tensors: Tensor) -> None:
 def interruptible():
     """A list that Ctrl-C or SIGTERM fills, instead of ending the process amid an iteration."""
     asked, kinds = [], (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(kind, lambda *_: asked.append(True)) for kind in kinds]
+
+    def ask(*_):
+        asked.append(True)
+        os.write(2, b"\nstopping after this iteration\n")  # safe amid any other writing
+
+    before = [signal.signal(kind, ask) for kind in kinds]
     try:
         yield asked
     finally:
@@ -708,10 +727,10 @@ def calibrate(args: Namespace) -> None:
 
     All on validation prompts and noises. The one that ends nearer to the teacher is saved.
     """
-    adapter, N, rows = Adapter(args), args.student_steps, read_metadata(args.state)["rows"]
+    validation = args.validator or Validation(args, Adapter(args))  # it keeps teacher's answers
+    adapter, N, rows = validation.adapter, args.student_steps, read_metadata(args.state)["rows"]
     saved, count = load_file(args.state), range(len(adapter.params))
     sets = {k: [saved[f"{k}.{i}"].to(args.device) for i in count] for k in ("student", "slow")}
-    validation = Validation(args, adapter)
     found = {name: validation.search(sets[name], N) for name in sets}
     name = min(found, key=found.get)
     others = tqdm([n for n in args.steps if n != N], "calibrate")
@@ -734,23 +753,26 @@ def calibrate(args: Namespace) -> None:
     )  # fmt: skip
 
 
-def load_student(args: Namespace, part: str) -> tuple[FluxPipeline, dict]:
-    """A stock pipeline with the saved adapter at its recommended scale, and what its file says."""
+def read_adapter(args: Namespace) -> dict:
+    """What the file of the saved adapter says."""
     if not (adapter := read_metadata(args.lora)):
         die(f"there is no whole {LORA} in --out {args.out}: distil first, without --sample")
-    if adapter["settings"]["model"] != args.model_print:
-        die(f"{args.lora} was made for {adapter['base_model']}: --model {args.model} is another")
-    args.shift = adapter["shift"]
-    pipe = load(args, part)
-    pipe.load_lora_weights(args.out, weight_name=LORA, adapter_name="student")
     adapter["scales"] = {int(n): scale for n, scale in adapter["scales"].items()}
+    return adapter
+
+
+def load_student(args: Namespace) -> tuple[FluxPipeline, dict]:
+    """A stock pipeline with the saved adapter at its recommended scale, and what its file says."""
+    adapter = read_adapter(args)
+    args.shift, pipe = adapter["shift"], load(args, "fresh")
+    pipe.load_lora_weights(args.out, weight_name=LORA, adapter_name="student")
     pipe.set_adapters("student", adapter["scales"][adapter["student_steps"]])
     return pipe, adapter
 
 
 def compare(args: Namespace) -> dict:
     """Phase 4: a stock pipeline with the saved file against the teacher, on held-out prompts."""
-    (pipe, adapter), N = load_student(args, "fresh"), args.student_steps
+    (pipe, adapter), N = load_student(args), args.student_steps
     expected = load_file(args.check)["latents"].to(args.device)
     check = rms(sample(args, pipe, *held_out(args, [0], "check"), N) - expected) / rms(expected)
     if not check < (3e-2 if args.device == "cuda" else 1e-5):
@@ -887,17 +909,17 @@ def card(args: Namespace, results: dict) -> str:
 
 def render(args: Namespace) -> None:
     """--sample: pictures of prompts by the saved adapter, as its card recommends."""
-    pipe, adapter = load_student(args, "all")
-    for i, prompt in enumerate(args.sample):
-        image = pipe(
-            prompt, num_inference_steps=adapter["student_steps"],
-            guidance_scale=adapter["guidance"], height=adapter["resolution"],
-            width=adapter["resolution"], max_sequence_length=adapter["max_sequence_length"],
-            generator=keyed(args.seed, "sample", i),
-        ).images[0]  # fmt: skip
-        name = "".join(c if c.isalnum() else "-" for c in prompt)[:60]
+    args.texts, rows = args.sample, range(len(args.sample))
+    texts = list(encode_text(args, rows))
+    pipe, adapter = load_student(args)
+    cond = {name: torch.stack([text[name] for text in texts]) for name in texts[0]}
+    cond["guidance"] = torch.full((len(rows),), adapter["guidance"])
+    noise = noises(args, [("sample", i) for i in rows])
+    latents = sample(args, pipe, cond, noise, adapter["student_steps"])
+    for i, picture in enumerate(decode(pipe, latents, args.size)):
+        name = "".join(c if c.isalnum() else "-" for c in args.sample[i])[:60]
         with atomic(path := args.out / "samples" / f"{i:02d}-{name}.png") as part:
-            image.save(part, "png")
+            Image.fromarray((255 * picture).round().byte().numpy()).save(part, "png")
         print(path)
 
 
@@ -980,6 +1002,7 @@ def parse(argv: list[str] | None) -> Namespace:
 def prepare(args: Namespace) -> None:
     """Find model and data, and what identifies them; refuse --out of another run."""
     args.device, args.loaded = "cuda" if torch.cuda.is_available() else "cpu", (None, None)
+    args.validator = None  # of train, for calibrate
     args.process, args.processes = (int(os.environ.get(k, d)) for k, d in TORCHRUN)
     args.lead = args.process == 0  # the one that validates and writes
     args.quiet = {} if args.lead else {"disable": True}
@@ -996,6 +1019,10 @@ def prepare(args: Namespace) -> None:
     files = sorted(args.folder.glob("*/*.json")) + sorted(args.folder.glob("*/*.safetensors"))
     model = args.model_print = digest([[*p.parts[-2:], file_print(p)] for p in files])
     if args.sample:
+        if (adapter := read_adapter(args))["settings"]["model"] != model:
+            die(
+                f"{args.lora} was made for {adapter['base_model']}: --model {args.model} is another"
+            )
         return
     prompts, held_out = read_prompts(args)
     pairs = read_images(args.images) if args.images else [(None, prompt) for prompt in prompts]
