@@ -128,7 +128,7 @@ def test_windows_are_ordered_and_inside(batch, n, steps, fusion, shift, seed):
     assert t.shape == t_mid.shape == t_end.shape == (batch,) and 0 <= k <= batch
     assert (t <= 1).all() and (t_mid >= 0).all()
     assert (t > t_mid).all() and ((t_mid > t_end) | (t_end == 0)).all()
-    # Matched: a step below 0 at most, but for rounding: 1 - w is near 1, w = (t - t_mid) / (t - t_end).
+    # Matched: a step below 0 at most, but for the rounding of 1 - w, w = (t - t_mid) / (t - t_end).
     rounding = 1e-6 + 2**-22 * (t - t_end).square() / (t - t_mid)
     assert (t_end >= (t_mid - t - rounding if steps else 0)).all()
     assert k == batch if steps else k <= 0.4 * batch + 1
