@@ -12,7 +12,6 @@ ONE = "--seeds 1 --jobs 1"
 # The command, shortened, and what its tables must hold.
 COMMANDS = {
     "baselines.py --on moons --length 0.01 " + ONE: "progressive",
-    "baselines.py --on flux --length 0.0125 " + ONE: "tiny Flux",
     "iterations.py --parts flows --flows moons --length 0.013 " + ONE: "twice the paper's least",
     "fusion.py --parts flows --length 0.005 " + ONE: "plain flow matching",
     "lookahead.py --parts table scales --length 0.01 " + ONE: "on a table",
