@@ -356,7 +356,7 @@ def test_the_base_stays_and_only_the_lora_is_trained(tmp_path, monkeypatch):
     assert all(w.dtype == torch.float32 and not w.is_set_to(p) for w, p in zip(seen, lora))
 
 
-@pytest.mark.parametrize("moment", [1, 2, 3])
+@pytest.mark.parametrize("moment", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_interrupted_and_resumed_is_as_if_undisturbed(done, tmp_path, monkeypatch, moment):
     """The signal arrives amid an iteration; whatever iteration it is."""
     out, count, real = tmp_path / "out", [], sc.shortcut_loss

@@ -55,6 +55,7 @@ def torchrun(tmp_path, *more, then="pass"):
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=PATIENCE)
 
 
+@pytest.mark.slow
 def test_two_processes_agree_and_follow_one_that_accumulates(tmp_path):
     done = torchrun(tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -227,6 +228,7 @@ TEXTS = ("a red circle, " * 150, "красный круг", "红色的圆圈 �
          "{x} </s><pad> | <script>alert(1)</script> ![x](y)")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_captions_of_any_length_and_script(tmp_path, capsys, recwarn):
     """Trained on, held out and rendered; neither pictures nor card stumble over them."""
     prompts = tmp_path / "prompts.txt"
@@ -251,6 +253,7 @@ def test_few_images_and_small_batches(tmp_path, count, batch, accumulate):
     assert all(x.isfinite().all() for x in tensors.values())
 
 
+@pytest.mark.slow
 def test_a_token_is_written_nowhere_and_nothing_outside_out(tmp_path):
     """In a process of its own; our own file and its calls use nothing deprecated."""
     token, model = "hf_" + "Secret" * 6, shutil.copytree(TINY, tmp_path / "model")
