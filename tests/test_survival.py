@@ -209,7 +209,7 @@ def test_not_a_number_in_a_gradient_stops_before_the_step(tmp_path, monkeypatch)
     assert all(x.isfinite().all() for x in tensors.values())
 
 
-@pytest.mark.parametrize("kind", ["latent", "text"])
+@pytest.mark.parametrize("kind", [pytest.param("latent", marks=pytest.mark.slow), "text"])
 def test_not_a_number_in_the_cache_is_named(tmp_path, kind):
     out = tmp_path / "out"
     path = fd.entry(prepared(out), kind, 4)

@@ -115,7 +115,7 @@ FILES = {"samples.png", "paths.png", "progress.png", "quality.png", "results.jso
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--animate"],
+        pytest.param(["--animate"], marks=pytest.mark.slow),
         ["--paper", "--flow", "spirals"],
         ["--fusion", "--flow", "gaussians"],
         ["--few-shot", "10", "--student-steps", "5", "--shift", "3", "--flow", "checkerboard"],
