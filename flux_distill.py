@@ -172,12 +172,12 @@ def locate(args: Namespace) -> Path:
     try:
         index, config, vae = (json.loads(Path(get(file)).read_text()) for file in files)
         kind, args.channels = index["_class_name"], config["in_channels"]
-        halvings = len(
-            vae["block_out_channels"]
-        )  # all but one by the VAE; a token is 2 x 2 latents
+        # All halvings but one are the VAE's; the last makes a token of 2 x 2 latents.
+        halvings = len(vae["block_out_channels"])
     except Exception as error:
         status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
-        error = hub.GatedRepoError if status in (401, 403) else type(error)  # else: "not found"
+        # The Hub's library reports a token without access as a file that can't be found.
+        error = hub.GatedRepoError if status in (401, 403) else type(error)
         words = next(words for kinds, words in REFUSALS if issubclass(error, kinds))
         die(f"{name} {words.format(args.model)}")
     if kind != "FluxPipeline":

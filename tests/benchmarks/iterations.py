@@ -192,7 +192,7 @@ def distil(recipe: str, seed: int, length: float, decays, rate: float) -> dict:
     last = max(40, round(CHECKPOINTS[-1] * length))
     end = FLUX_ENDS.get((recipe, decays), CHECKPOINTS[-1])
     points = [max(1, round(i * last / CHECKPOINTS[-1])) for i in CHECKPOINTS if i <= end]
-    with tempfile.TemporaryDirectory() as folder, patch.multiple(fd, STEPS=(3,), WATCHED=(3,)):
+    with tempfile.TemporaryDirectory() as folder, patch.object(fd, "STEPS", (3,)):
         words = [*demo.DEMO.split(), "--learning-rate", rate, "--iterations", last, "--seed", seed,
                  "--validate-every", last, "--checkpoint-every", last, "--model", demo.TINY,
                  "--prompts", demo.TINY / "prompts.txt", "--out", folder]  # fmt: skip
@@ -220,10 +220,7 @@ def distil(recipe: str, seed: int, length: float, decays, rate: float) -> dict:
 def evaluate(fd, args, weights_at: dict[int, list]) -> dict:
     adapter = fd.Adapter(args)
     pipe, validation = fd.load(args, "image"), fd.Validation(args, adapter)
-    rows = [(i, k) for k in range(args.noises) for i in args.comparison]
-    cond = fd.read(args, "text", [i for i, _ in rows])
-    cond["guidance"] = torch.full((len(rows),), args.guidance)
-    noise = fd.noises(args, [("compare", *row) for row in rows])
+    cond, noise = fd.held_out(args, args.comparison, "compare")
 
     def end(weights, steps, scale=1.0):
         adapter.use(weights, scale)

@@ -166,13 +166,10 @@ def sample(solver, velocity, cond: dict, noise: Tensor, calls: int, shift=1.0) -
 
 def draws(args: Namespace, texts: list[int], count: int, purpose: str) -> tuple[dict, Tensor]:
     """Conditions and noise of these captions, `count` times each; the caption runs fastest."""
-    cond = {name: x.repeat(count, *[1] * (x.ndim - 1)) for name, x in read(args, texts).items()}
+    text = fd.read(args, "text", texts)
+    cond = {name: x.repeat(count, *[1] * (x.ndim - 1)) for name, x in text.items()}
     cond["guidance"] = torch.full((count * len(texts),), args.guidance)
     return cond, fd.noises(args, [(purpose, i, k) for k in range(count) for i in texts])
-
-
-def read(args: Namespace, texts: list[int]) -> dict[str, Tensor]:
-    return fd.read(args, "text", texts)
 
 
 def head(cond: dict, count: int) -> dict:
