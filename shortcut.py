@@ -22,6 +22,7 @@ N steps wants.
 Equation and algorithm numbers are the paper's. (A) and (B) are ours: README.md derives them.
 """
 
+import math
 from collections import namedtuple
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -238,11 +239,15 @@ def shortcut_loss(
 
 
 @torch.no_grad()
-def update_ema(ema: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -> None:
+def update_ema(ema: Iterable, weights: Iterable, decay: float, iteration: float = math.inf) -> None:
     """ema <- decay ema + (1 - decay) weights (Eq. 14-16), in place, once per optimizer step.
 
+    iteration: how many optimizer steps there were, from 1 on. The average then remembers a quarter
+    of them at most: its decay is at most i / (i + 4). Without it the memory is constant, as in the
+    paper.
     The averages must be float32 or float64: in bfloat16 a step of 1 - 0.999 rounds to nothing.
     """
+    decay = min(decay, 1 / (1 + 4 / iteration))  # i / (i + 4), and 1 for infinity
     ema, wide = list(ema), {torch.float32, torch.float64}
     _require(not (bad := {e.dtype for e in ema} - wide), f"EMA in {bad} must be float32, float64")
     # Eq. 14-16

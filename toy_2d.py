@@ -94,10 +94,10 @@ def scaled(base: nn.Module, student: nn.Module, scale: float) -> nn.Module:
 # ---------------------------------------------------------------------------------------- training
 
 
-def adam(weights: list[Tensor], lr: float, iterations: int):
-    """Adam and its schedule: 100 iterations of warm-up, constant, in the second half down to 0."""
+def adam(weights: list[Tensor], lr: float, iterations: int, warmup: int):
+    """Adam and its schedule: iterations of warm-up, constant, in the second half down to 0."""
     optimizer = torch.optim.Adam(weights, lr, fused=True)
-    factor = lambda i: min((i + 1) / 100, 1, 2 - 2 * i / iterations)  # noqa: E731
+    factor = lambda i: min((i + 1) / warmup, 1, 2 - 2 * i / iterations)  # noqa: E731
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
@@ -105,7 +105,7 @@ def train_teacher(data: Data, iterations: int, seed: int, batch: int = 1024) -> 
     """Plain flow matching: the velocity is regressed on noise - x_0."""
     torch.manual_seed(seed)
     generator, teacher = torch.Generator().manual_seed(seed), VelocityMLP()
-    optimizer, schedule = adam(list(teacher.parameters()), 5e-3, iterations)
+    optimizer, schedule = adam(list(teacher.parameters()), 5e-3, iterations, warmup=100)
     for _ in tqdm(range(iterations), "teacher", leave=False):
         x_0, noise = data(batch, generator), torch.randn(batch, 2, generator=generator)
         t = torch.rand(batch, generator=generator)
@@ -118,8 +118,9 @@ def train_teacher(data: Data, iterations: int, seed: int, batch: int = 1024) -> 
 
 
 def train_student(
-    teacher, data: Data, config: sc.ShortcutConfig, iterations: int, seed, snapshots=(), batch=512
-) -> dict[int, nn.Module]:
+    teacher, data: Data, config: sc.ShortcutConfig, iterations: int, seed: int, snapshots=(),
+    batch=512, lr=2e-3, warmup=1, ema_warmup=True,
+) -> dict[int, nn.Module]:  # fmt: skip
     """Shortcut the teacher or, without one, train from scratch (fusion).
 
     Returns copies of the student as it is after each of the snapshots and after the last iteration.
@@ -130,7 +131,7 @@ def train_student(
     fast, slow = (copy.deepcopy(student).requires_grad_(False) for _ in range(2))
     velocities = dict(student=student, fast=fast, slow=slow, teacher=teacher)
     weights, *averages = (list(net.parameters()) for net in (student, fast, slow))
-    optimizer, schedule = adam(weights, 1e-3 if teacher else 5e-3, iterations)
+    optimizer, schedule = adam(weights, lr, iterations, warmup)
     kept = {}
     for iteration in tqdm(range(1, iterations + 1), "student", leave=False):
         x_0, noise = data(batch, generator), torch.randn(batch, 2, generator=generator)
@@ -140,8 +141,8 @@ def train_student(
         loss.backward()
         optimizer.step()
         schedule.step()
-        sc.update_ema(averages[0], weights, config.fast_decay)
-        sc.update_ema(averages[1], weights, config.slow_decay)
+        for average, decay in zip(averages, (config.fast_decay, config.slow_decay)):
+            sc.update_ema(average, weights, decay, iteration if ema_warmup else math.inf)
         if iteration in snapshots or iteration == iterations:
             kept[iteration] = copy.deepcopy(student).requires_grad_(False)
     return kept
@@ -295,7 +296,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--fusion", action="store_true", help="train from scratch, without a teacher")
     add("--few-shot", type=int, default=0, metavar="K", help="distil on K points only; 0: on all")
     add("--shift", type=float, default=1.0, help="time shift s of training and sampling (Flux: 3)")
-    add("--iterations", type=int, default=2000, help="of teacher and student; --fusion: twice")
+    add("--iterations", type=int, default=2000, help="of the teacher; student: half; fused: twice")
     add("--seed", type=int, default=0, help="of networks, data and noise")
     add("--out", type=Path, default=Path("toy_out"), help="folder for figures and results.json")
     add("--animate", action="store_true", help="also write flow.gif, noise flowing to data")
@@ -306,7 +307,7 @@ def parse(argv: list[str] | None) -> Namespace:
         parser.error("--iterations and --student-steps must be at least 1, --few-shot at least 0")
     make = sc.ShortcutConfig if args.paper else partial(sc.ShortcutConfig.for_steps, args.N)
     try:
-        args.config = make(shift_range=(args.shift, args.shift), fast_decay=0.95, slow_decay=0.99)
+        args.config = make(shift_range=(args.shift, args.shift))
         args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         parser.error(str(error))
@@ -323,18 +324,20 @@ def main(argv: list[str] | None = None) -> None:
     validation = torch.randn(256, 2, generator=generator)
     floor = np.std([energy_distance(data(POINTS, generator), reference) for _ in range(8)]).item()
 
-    snapshots, scales = {round(8 * (iterations / 8) ** (i / 8)) for i in range(9)}, {}
+    its = 2 * iterations if args.fusion else max(1, iterations // 2)  # of the student
+    snapshots, scales = {round(8 * (its / 8) ** (i / 8)) for i in range(9)}, {}
     if args.fusion:  # a fused row makes two network calls, one of plain flow matching one
-        base = train_teacher(data, 4 * iterations, args.seed)
-        kept = train_student(None, data, config, 2 * iterations, args.seed, snapshots, 1024)
+        base = train_teacher(data, 2 * its, args.seed)
+        from_scratch = dict(batch=1024, lr=5e-3, warmup=100)  # as the teacher is trained
+        kept = train_student(None, data, config, its, args.seed, snapshots, **from_scratch)
         nets = {"flow matching": lambda n: base, "fused": lambda n: student}
     else:
         base = train_teacher(data, iterations, args.seed)
         drawn = draw_from(data(args.few_shot, generator)) if args.few_shot else data
-        kept = train_student(base, drawn, config, iterations, args.seed, snapshots)
+        kept = train_student(base, drawn, config, its, args.seed, snapshots)
         nets = {"teacher": lambda n: base, "student": lambda n: student}
         nets["student, scaled"] = lambda n: scaled(base, student, scales[n])
-        scales = {n: calibrate(base, kept[iterations], validation, n, shift) for n in steps}
+        scales = {n: calibrate(base, kept[its], validation, n, shift) for n in steps}
     student, out, (first, second, *_) = kept[max(kept)], args.out, nets
 
     fine, samples, energy, rms = sample(base, noise, FINE_STEPS, shift), {}, {}, {}

@@ -570,6 +570,20 @@ def test_ema_closed_form(decay, steps):
         assert_close(average, torch.full_like(average, 1 - decay**steps), atol=2e-6, rtol=1e-5)
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 200), st.floats(0.9, 0.9999))
+def test_ema_that_warms_up_remembers_a_quarter_of_the_run(steps, decay):
+    """From 0, of weights 1: the product of i / (i + 4) is 4! m! / (m + 4)!, until decay is less."""
+    ema, rest = [torch.zeros(2)], 1.0
+    for i in range(1, steps + 1):
+        sc.update_ema(ema, [torch.ones(2)], decay, i)
+        rest *= i / (i + 4) if i / (i + 4) < decay else decay
+    if steps / (steps + 4) < decay:
+        exact = 24 / ((steps + 1) * (steps + 2) * (steps + 3) * (steps + 4))
+        assert_close(rest, exact, rtol=1e-9, atol=0)
+    assert_close(ema[0], torch.full((2,), 1 - rest), atol=2e-6, rtol=1e-5)
+
+
 def test_ema_averages_bf16_weights_in_fp32_where_bf16_stalls():
     ema, narrow = [torch.zeros(4)], torch.zeros(4, dtype=torch.bfloat16)
     weights = [torch.ones(4, dtype=torch.bfloat16)]

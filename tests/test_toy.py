@@ -261,7 +261,7 @@ def test_readme_snippet_trains_a_network_of_ones_own():
     student, fast, slow, teacher = (Net() for _ in range(4))
     before = [w.clone() for net in (student, fast, slow) for w in net.parameters()]
     scope = dict(torch=torch, student=student, fast=fast, slow=slow, teacher=teacher)
-    scope |= dict(x_0=torch.randn(8, 3), label=torch.ones(8))
+    scope |= dict(x_0=torch.randn(8, 3), label=torch.ones(8), iteration=1)
     scope["optimizer"] = torch.optim.Adam(student.parameters())
     for net in (fast, slow, teacher):
         net.requires_grad_(False)

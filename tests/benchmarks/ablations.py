@@ -84,6 +84,7 @@ class Variant:
     pointwise: bool = False  # teacher rows regress on the teacher's velocity at (x_t, t)
     plain_mean: bool = False  # (v_1 + v_2) / 2, whatever the lengths
     ema_dtype: torch.dtype = torch.float32
+    warm: bool = True  # the averages remember a quarter of the run so far; False: constant
     oracle: bool = False  # regression on the exact mean velocity of the sampler's own steps
 
 
@@ -94,6 +95,10 @@ def paper(rho):
 VARIANTS = (
     Variant("**as shipped**: matched windows, shift 1", "lam* about 1"),
     Variant("the fast average instead of the slow", "the same, sooner", second="fast"),
+    *(Variant(f"averages of constant memory, {fast:g} / {slow:g}", expected,
+              bench.matched(3) | dict(fast_decay=fast, slow_decay=slow), warm=False)
+      for fast, slow, expected in ((0.99, 0.999, "stalls: as long as the run (the paper)"),
+                                   (0.95, 0.99, "slower"), (0.8, 0.9, "as good, sooner"))),
     Variant("matched share, equal halves", "the same mean look-ahead, more spread out",
             draw=equal_halves),
     Variant("windows end at the sampler's next stop", "exact at 3 times, a jump at each",
@@ -160,14 +165,14 @@ def oracle_of(variant, x_0, noise, teacher, generator):
 
 def train(variant, teacher, data, iterations, seed, batch=512):
     shift_range = (variant.shift, variant.shift)
-    config = sc.ShortcutConfig(**{"shift_range": shift_range, **bench.EMA, **variant.settings})
+    config = sc.ShortcutConfig(**{"shift_range": shift_range, **variant.settings})
     generator = torch.Generator().manual_seed(seed + 1)
     student = copy.deepcopy(teacher).requires_grad_(True)
     fast, slow = (copy.deepcopy(teacher) for _ in range(2))
     weights, *averages = (list(net.parameters()) for net in (student, fast, slow))
     kept = [[w.to(variant.ema_dtype) for w in average] for average in averages]
-    optimizer, schedule = toy_2d.adam(weights, 1e-3, iterations)
-    for _ in range(iterations):
+    optimizer, schedule = toy_2d.adam(weights, 2e-3, iterations, warmup=1)  # as toy_2d.py
+    for i in range(1, iterations + 1):
         x_0, noise = data(batch, generator), torch.randn(batch, 2, generator=generator)
         windows = variant.draw(config, batch, generator=generator)
         t = windows.t
@@ -180,24 +185,26 @@ def train(variant, teacher, data, iterations, seed, batch=512):
         loss.backward()
         optimizer.step()
         schedule.step()
+        most = i / (i + 4) if variant.warm else 1.0
         for average, own, decay in zip(averages, kept, (config.fast_decay, config.slow_decay)):
             with torch.no_grad():
                 for w, a, weight in zip(average, own, weights):
-                    w.copy_(a.lerp_(weight.to(a.dtype), 1 - decay))
+                    w.copy_(a.lerp_(weight.to(a.dtype), 1 - min(decay, most)))
     return student.requires_grad_(False)
 
 
 def measure(flow: str, seed: int, length: float = 1.0) -> dict:
     torch.set_num_threads(1)
-    on, iterations = bench.Bench(flow, seed), max(2, round(2000 * length))
-    base = toy_2d.train_teacher(on.data, iterations, seed)
+    on, its = bench.Bench(flow, seed), lambda count: max(2, round(count * length))
+    base = toy_2d.train_teacher(on.data, its(bench.TEACHER), seed)
     out = {"flow": flow, "seed": seed, "variants": {}}
     for variant in VARIANTS:
-        net = train(variant, base, on.data, iterations, seed)
+        net = train(variant, base, on.data, its(bench.STUDENT), seed)
         grid = sc.time_grid(3, variant.shift)
         out["variants"][variant.name] = {
             "error": on.error(net, 3, variant.shift),
             "calibrated": on.calibrated(base, net, 3, variant.shift)["error"],
+            "2 steps": on.calibrated(base, net, 2, variant.shift)["error"],
             "lam": sc.optimal_scale(net, base, on.validation, grid).item(),
         }
     return out
@@ -205,13 +212,14 @@ def measure(flow: str, seed: int, length: float = 1.0) -> dict:
 
 def markdown(runs: list[dict]) -> str:
     flows = list(dict.fromkeys(run["flow"] for run in runs))
-    columns = [f"{flow}: {what}" for flow in flows for what in ("scale 1", "calibrated", "lam*")]
+    named = {"error": "scale 1", "calibrated": "calibrated", "2 steps": "2 steps, calibrated"}
+    columns = [f"{flow}: {what}" for flow in flows for what in (*named.values(), "lam*")]
     lines = [f"| 3 steps | expected | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
     for variant in VARIANTS:
         cells = []
         for flow in flows:
             group = [run["variants"][variant.name] for run in runs if run["flow"] == flow]
-            cells += [bench.show([run[key] for run in group]) for key in ("error", "calibrated")]
+            cells += [bench.show([run[key] for run in group]) for key in named]
             cells.append(f"{bench.interval([run['lam'] for run in group])[0]:.2f}")
         lines.append(f"| {variant.name} | {variant.expected} | {' | '.join(cells)} |")
     return "\n".join(lines)

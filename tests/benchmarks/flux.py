@@ -16,6 +16,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 import flux_distill as fd
 
@@ -40,7 +41,14 @@ def measure(out: Path, run: str, seed: int) -> dict[tuple[str, int], dict]:
     fd.prepare(args)
     results = fd.distil(args)
     table = {(row["sampler"], row["steps"]): row for row in results["table"]}
-    return table | {"seed to seed": results["seed_to_seed"]}
+    table["seed to seed"] = results["seed_to_seed"]
+    if run == "all pairs":  # of the weights that were saved, on the noises that chose the scales
+        saved = load_file(args.state)
+        name = "slow" if "slow" in results["adapter"]["weights"] else "student"
+        validation = fd.Validation(args, fd.Adapter(args))
+        weights = [saved[f"{name}.{i}"] for i in range(len(validation.adapter.params))]
+        table["lam"] = [validation.lam(weights, n) for n in STEPS]
+    return table
 
 
 def tables(runs: dict[str, list[dict]]) -> str:
@@ -63,7 +71,9 @@ def tables(runs: dict[str, list[dict]]) -> str:
         cells = [cell(error(run, name, n)) for n in STEPS]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     scales = [np.mean([t["student, scaled", n]["scale"] for t in runs["all pairs"]]) for n in STEPS]
-    lines.append("| scale: all pairs | " + " | ".join(f"{s:.2f}" for s in scales) + " |")
+    lams = np.mean([t["lam"] for t in runs["all pairs"]], axis=0)
+    for name, row in {"scale: all pairs": scales, "lam*: all pairs": lams}.items():
+        lines.append(f"| {name} | " + " | ".join(f"{x:.2f}" for x in row) + " |")
     lines += ["", "| claim | ours | bound | ratio | must | target |", "|---|---|---|---|---|---|"]
 
     def claim(text, ours, other, name, must=None, target=None):

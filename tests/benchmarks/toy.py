@@ -23,7 +23,8 @@ import torch
 import shortcut as sc
 import toy_2d as toy
 
-EMA = dict(fast_decay=0.95, slow_decay=0.99)
+TEACHER, STUDENT = 2000, 1000  # iterations
+FROM_SCRATCH = dict(batch=1024, lr=5e-3, warmup=100)
 TEACHER_STEPS = (2, 3, 4, 8, 12, 16, 24, 32)
 LONG = (125, 250, 500, 1000, 1500, 2000, 3000, 4000, 5000, 6000, 7000, 8000)
 T_975 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
@@ -60,10 +61,10 @@ class Bench:
             x = sc.euler_sample(base, x, torch.linspace(times[i], times[i + 1], 17))
         return lams
 
-    def train(self, base, iterations, data=None, snapshots=(), batch=512, **settings):
-        config = sc.ShortcutConfig(**{"shift_range": (1.0, 1.0), **EMA, **settings})
-        data = data or self.data
-        return toy.train_student(base, data, config, iterations, self.seed, snapshots, batch)
+    def train(self, base, iterations, data=None, snapshots=(), how=None, **settings):
+        config = sc.ShortcutConfig(**{"shift_range": (1.0, 1.0), **settings})
+        data, how = data or self.data, how or ({} if base else FROM_SCRATCH)
+        return toy.train_student(base, data, config, iterations, self.seed, snapshots, **how)
 
 
 def matched(steps):
@@ -74,20 +75,20 @@ def measure(flow: str, seed: int, length: float = 1.0) -> dict:
     """All the numbers of one flow and seed; `length` shortens every training, for a test."""
     torch.set_num_threads(1)
     bench, its = Bench(flow, seed), lambda count: max(2, round(count * length))
-    base = toy.train_teacher(bench.data, its(2000), seed)
+    base, last = toy.train_teacher(bench.data, its(TEACHER), seed), its(STUDENT)
     out = {"flow": flow, "seed": seed, "floor": bench.floor}
     out["teacher"] = {n: bench.error(base, n) for n in TEACHER_STEPS}
     out["teacher, shift 3"] = {n: bench.error(base, n, 3.0) for n in TEACHER_STEPS}
 
-    student = bench.train(base, its(2000), **matched(3))[its(2000)]
+    student = bench.train(base, last, **matched(3))[last]
     out["student"] = {n: bench.error(student, n) for n in (1, 2, 3, 4, 8, 16, 32)}
     out["calibrated"] = {n: bench.calibrated(base, student, n) for n in (2, 3, 4, 8)}
     out["lam matched"] = bench.lam_per_step(base, student, 3)
 
-    few = bench.train(base, its(2000), toy.draw_from(bench.pool), **matched(3))[its(2000)]
+    few = bench.train(base, last, toy.draw_from(bench.pool), **matched(3))[last]
     out["few-shot"] = bench.error(few, 3)
     out["few-shot, calibrated"] = bench.calibrated(base, few, 3)
-    paper = bench.train(base, its(2000), teacher_ratio=0.52)[its(2000)]
+    paper = bench.train(base, last, teacher_ratio=0.52)[last]
     out["lam paper"] = bench.lam_per_step(base, paper, 3)
     out["paper 0.52"] = bench.error(paper, 3)
 
@@ -111,7 +112,7 @@ def measure(flow: str, seed: int, length: float = 1.0) -> dict:
         ("paper 0.4", dict(teacher_ratio=0.4)),
         ("paper 0.52", dict(teacher_ratio=0.52)),
     ):
-        net = bench.train(base, its(2000), shift_range=(3.0, 3.0), **kind)[its(2000)]
+        net = bench.train(base, last, shift_range=(3.0, 3.0), **kind)[last]
         out[f"shift 3, {name}"] = {
             "scale 1": bench.error(net, 3, 3.0),
             "calibrated": bench.calibrated(base, net, 3, 3.0),
@@ -119,7 +120,7 @@ def measure(flow: str, seed: int, length: float = 1.0) -> dict:
             "lam": bench.lam_per_step(base, net, 3, 3.0),
         }
 
-    fused = bench.train(None, its(4000), batch=1024, **matched(3))[its(4000)]
+    fused = bench.train(None, its(4000), **matched(3))[its(4000)]
     plain = toy.train_teacher(bench.data, its(2 * 4000), seed)  # as many network calls
     out["fused"] = {n: bench.error(fused, n) for n in (2, 3, 4, 8, 16, 32)}
     out["plain"] = {n: bench.error(plain, n) for n in (2, 3, 4, 8, 16, 32)}
