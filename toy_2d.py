@@ -325,7 +325,7 @@ def main(argv: list[str] | None = None) -> None:
     floor = np.std([energy_distance(data(POINTS, generator), reference) for _ in range(8)]).item()
 
     its = 2 * iterations if args.fusion else max(1, iterations // 2)  # of the student
-    snapshots, scales = {round(8 * (its / 8) ** (i / 8)) for i in range(9)}, {}
+    snapshots, scales = {round(2 * (its / 2) ** (i / 8)) for i in range(9)}, {}
     if args.fusion:  # a fused row makes two network calls, one of plain flow matching one
         base = train_teacher(data, 2 * its, args.seed)
         from_scratch = dict(batch=1024, lr=5e-3, warmup=100)  # as the teacher is trained
