@@ -95,7 +95,7 @@ def scaled(base: nn.Module, student: nn.Module, scale: float) -> nn.Module:
 
 
 def adam(weights: list[Tensor], lr: float, iterations: int, warmup: int):
-    """Adam and its schedule: iterations of warm-up, constant, in the second half down to 0."""
+    """Adam, up to lr in `warmup` iterations, then constant, in the second half down to 0."""
     optimizer = torch.optim.Adam(weights, lr, fused=True)
     factor = lambda i: min((i + 1) / warmup, 1, 2 - 2 * i / iterations)  # noqa: E731
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -293,10 +293,10 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--flow", choices=FLOWS, default="moons", help="the data")
     add("--student-steps", type=int, default=3, dest="N", help="step count to build for")
     add("--paper", action="store_true", help="the paper's windows and share, whatever N is")
-    add("--fusion", action="store_true", help="train from scratch, without a teacher")
+    add("--fusion", action="store_true", help="from scratch, for twice, plain 4x --iterations")
     add("--few-shot", type=int, default=0, metavar="K", help="distil on K points only; 0: on all")
     add("--shift", type=float, default=1.0, help="time shift s of training and sampling (Flux: 3)")
-    add("--iterations", type=int, default=2000, help="of the teacher; student: half; fused: twice")
+    add("--iterations", type=int, default=2000, help="of the teacher; student half of it")
     add("--seed", type=int, default=0, help="of networks, data and noise")
     add("--out", type=Path, default=Path("toy_out"), help="folder for figures and results.json")
     add("--animate", action="store_true", help="also write flow.gif, noise flowing to data")

@@ -16,7 +16,7 @@ Samplers are each method's own. A progressive student of N steps knows N times o
 goes down to 3, our goal, one down to 1 with a network for each step count on the way. A ladder ends
 no better than the teacher at its first rung: on the flows 48 and 64 steps do better than 24 and 32.
 
-Tuned on the flows, on seed 100 of moons and eight gaussians: ours by iterations.py (rate, decays,
+Tuned on the flows, on seed 100 of moons and eight gaussians: ours by iterations.py (rate and
 warm-up), the others by --tune: rate, first rung and growth of iterations from rung to rung; or
 rate, decay of the average, share of rows with d = 0 and finest step. (The second round of the
 shortcut model, in which its share of 0.25 won, was run on eight gaussians only.) On the tiny Flux
