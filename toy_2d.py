@@ -293,7 +293,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--flow", choices=FLOWS, default="moons", help="the data")
     add("--student-steps", type=int, default=3, dest="N", help="step count to build for")
     add("--paper", action="store_true", help="the paper's windows and share, whatever N is")
-    add("--fusion", action="store_true", help="from scratch, for twice, plain 4x --iterations")
+    add("--fusion", action="store_true", help="train from scratch: 2x --iterations; plain: 4x")
     add("--few-shot", type=int, default=0, metavar="K", help="distil on K points only; 0: on all")
     add("--shift", type=float, default=1.0, help="time shift s of training and sampling (Flux: 3)")
     add("--iterations", type=int, default=2000, help="of the teacher; student half of it")
