@@ -247,7 +247,7 @@ def update_ema(ema: Iterable, weights: Iterable, decay: float, iteration: float 
     paper.
     The averages must be float32 or float64: in bfloat16 a step of 1 - 0.999 rounds to nothing.
     """
-    decay = min(decay, 1 / (1 + 4 / iteration))  # i / (i + 4), and 1 for infinity
+    decay = min(decay, 1 - 4 / (iteration + 4))  # i / (i + 4), and 1 for infinity
     ema, wide = list(ema), {torch.float32, torch.float64}
     _require(not (bad := {e.dtype for e in ema} - wide), f"EMA in {bad} must be float32, float64")
     # Eq. 14-16

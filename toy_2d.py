@@ -27,6 +27,7 @@ import shortcut as sc
 STEPS = (1, 2, 3, 4, 8, 16, 32)  # columns of the table
 FINE_STEPS = 64  # what stands for the teacher's exact endpoint
 POINTS = 8_192  # samples behind an energy distance
+FROM_SCRATCH = dict(batch=1024, lr=5e-3, warmup=100)  # fusion, as plain flow matching is trained
 COLORS = ("#5b6b7f", "#e4572e", "#2a9d8f", "#d79a22")  # teacher, student, student at its scale
 Data = Callable[[int, torch.Generator], Tensor]  # (count, generator) -> points (count, 2)
 
@@ -101,14 +102,14 @@ def adam(weights: list[Tensor], lr: float, iterations: int, warmup: int):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def train_teacher(data: Data, iterations: int, seed: int, batch: int = 1024) -> nn.Module:
+def train_teacher(data: Data, iterations: int, seed: int) -> nn.Module:
     """Plain flow matching: the velocity is regressed on noise - x_0."""
     torch.manual_seed(seed)
     generator, teacher = torch.Generator().manual_seed(seed), VelocityMLP()
     optimizer, schedule = adam(list(teacher.parameters()), 5e-3, iterations, warmup=100)
     for _ in tqdm(range(iterations), "teacher", leave=False):
-        x_0, noise = data(batch, generator), torch.randn(batch, 2, generator=generator)
-        t = torch.rand(batch, generator=generator)
+        x_0, noise = data(1024, generator), torch.randn(1024, 2, generator=generator)
+        t = torch.rand(1024, generator=generator)
         loss = (teacher(sc.interpolate(x_0, noise, t), t) - (noise - x_0)).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -123,16 +124,16 @@ def train_student(
 ) -> dict[int, nn.Module]:  # fmt: skip
     """Shortcut the teacher or, without one, train from scratch (fusion).
 
+    ema_warmup: the averages' memory grows with the run; False: it is constant, as in the paper.
     Returns copies of the student as it is after each of the snapshots and after the last iteration.
     """
     torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed + 1)
+    generator, kept = torch.Generator().manual_seed(seed + 1), {}
     student = copy.deepcopy(teacher).requires_grad_(True) if teacher else VelocityMLP()
     fast, slow = (copy.deepcopy(student).requires_grad_(False) for _ in range(2))
     velocities = dict(student=student, fast=fast, slow=slow, teacher=teacher)
     weights, *averages = (list(net.parameters()) for net in (student, fast, slow))
     optimizer, schedule = adam(weights, lr, iterations, warmup)
-    kept = {}
     for iteration in tqdm(range(1, iterations + 1), "student", leave=False):
         x_0, noise = data(batch, generator), torch.randn(batch, 2, generator=generator)
         windows = sc.sample_windows(config, batch, fusion=teacher is None, generator=generator)
@@ -168,10 +169,9 @@ def energy_distance(x: Tensor, y: Tensor, directions: int = 16) -> float:
     return 2 * (xy / (n * m) - xx / (n * (n - 1)) - yy / (m * (m - 1)))
 
 
-def sample(net: nn.Module, noise: Tensor, steps: int, shift: float = 1.0) -> Tensor:
-    """Euler samples (n, 2), 2,048 at a time: that fits a processor's cache."""
-    times = sc.time_grid(steps, shift)
-    return torch.cat([sc.euler_sample(net, chunk, times) for chunk in noise.split(2048)])
+def sample(net: nn.Module, x: Tensor, steps: int, shift: float = 1.0) -> Tensor:
+    """Euler samples of noise x (n, 2), 2,048 at a time: that fits a processor's cache."""
+    return torch.cat([sc.euler_sample(net, z, sc.time_grid(steps, shift)) for z in x.split(2048)])
 
 
 def calibrate(base: nn.Module, student: nn.Module, noise: Tensor, steps: int, shift=1.0) -> float:
@@ -181,14 +181,13 @@ def calibrate(base: nn.Module, student: nn.Module, noise: Tensor, steps: int, sh
     nearest to the teacher's fine endpoints from the same noise. (Sample by sample, the mean square
     would favour scales that blur.)
     """
-    lam = sc.optimal_scale(student, base, noise, sc.time_grid(steps, shift))
-    guess = lam.clamp(0.01, 10).item()
+    lam = sc.optimal_scale(student, base, noise, sc.time_grid(steps, shift)).clamp(0.01, 10).item()
     target = sample(base, noise, FINE_STEPS, shift)
 
     def distance(scale):
         return energy_distance(sample(scaled(base, student, scale), noise, steps, shift), target)
 
-    return min(np.geomspace(guess / 1.6, guess * 1.6, 21).tolist(), key=distance)
+    return min(np.geomspace(lam / 1.6, lam * 1.6, 21).tolist(), key=distance)
 
 
 def table(energy: dict, rms: dict, scales: dict[int, float], floor: float) -> str:
@@ -328,8 +327,7 @@ def main(argv: list[str] | None = None) -> None:
     snapshots, scales = {round(2 * (its / 2) ** (i / 8)) for i in range(9)}, {}
     if args.fusion:  # a fused row makes two network calls, one of plain flow matching one
         base = train_teacher(data, 2 * its, args.seed)
-        from_scratch = dict(batch=1024, lr=5e-3, warmup=100)  # as the teacher is trained
-        kept = train_student(None, data, config, its, args.seed, snapshots, **from_scratch)
+        kept = train_student(None, data, config, its, args.seed, snapshots, **FROM_SCRATCH)
         nets = {"flow matching": lambda n: base, "fused": lambda n: student}
     else:
         base = train_teacher(data, iterations, args.seed)

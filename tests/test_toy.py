@@ -1,6 +1,7 @@
 """The toy: its metric, its scale, its whole command, and the benchmarks beside it."""
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -28,6 +29,16 @@ def pair():
     kept = toy_2d.train_student(teacher, toy_2d.moons, config, 300, 0, snapshots={100})
     assert sorted(kept) == [100, 300]
     return teacher, kept[300]
+
+
+@pytest.mark.parametrize("grows", [True, False])
+def test_memory_of_both_averages_grows_with_the_run_or_is_constant(grows, monkeypatch):
+    seen, real = [], sc.update_ema
+    monkeypatch.setattr(sc, "update_ema", lambda *a: seen.append(a[2:]) or real(*a))
+    teacher, config = toy_2d.VelocityMLP().requires_grad_(False), sc.ShortcutConfig.for_steps(3)
+    toy_2d.train_student(teacher, toy_2d.moons, config, 3, 0, batch=8, ema_warmup=grows)
+    at = (1, 2, 3) if grows else [math.inf] * 3
+    assert seen == [(decay, i) for i in at for decay in (config.fast_decay, config.slow_decay)]
 
 
 @pytest.mark.parametrize("flow", toy_2d.FLOWS.values(), ids=toy_2d.FLOWS)

@@ -41,7 +41,7 @@ RECIPES["matched, 3 steps"] = bench.matched(3)
 FLUX_RECIPES = ["plain flow matching", "matched, 3 steps", "rho 0.75"]
 FLOWS, STEPS, FLUX_STEPS = ("moons", "gaussians"), (3, 8, 16, 32), (3, 32)
 PLAIN, FLUX_PLAIN = 2000, 4000  # iterations of plain flow matching, batches of 1,024 and of 64
-HOW = bench.FROM_SCRATCH | {"ema_warmup": False}  # the average remembers 20 iterations
+HOW = bench.toy.FROM_SCRATCH | {"ema_warmup": False}  # the average remembers 20 iterations
 PICTURES = 6000  # rendered to train the tiny Flux on
 NOISES = 167  # for each of 12 captions
 

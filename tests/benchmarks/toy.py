@@ -24,7 +24,6 @@ import shortcut as sc
 import toy_2d as toy
 
 TEACHER, STUDENT = 2000, 1000  # iterations
-FROM_SCRATCH = dict(batch=1024, lr=5e-3, warmup=100)
 TEACHER_STEPS = (2, 3, 4, 8, 12, 16, 24, 32)
 LONG = (15, 30, 60, 125, 250, 500, 1000, 1500, 2000, 3000, 4000, 5000, 6000, 7000, 8000)
 T_975 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
@@ -63,7 +62,7 @@ class Bench:
 
     def train(self, base, iterations, data=None, snapshots=(), how=None, **settings):
         config = sc.ShortcutConfig(**{"shift_range": (1.0, 1.0), **settings})
-        data, how = data or self.data, how or ({} if base else FROM_SCRATCH)
+        data, how = data or self.data, how or ({} if base else toy.FROM_SCRATCH)
         return toy.train_student(base, data, config, iterations, self.seed, snapshots, **how)
 
 
