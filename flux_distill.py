@@ -615,7 +615,7 @@ def train(args: Namespace) -> None:
             optimizer.step()
             optimizer.zero_grad()
             for name, decay in decays.items():
-                sc.update_ema(sets[name], student, decay)
+                sc.update_ema(sets[name], student, decay, iteration)
             rows.append(row | {"gradient_norm": norm, "learning_rate": rate})
             done = iteration == args.iterations
             if args.lead and (done or iteration % args.validate_every == 0):
@@ -984,15 +984,11 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--stop-when-matched", action="store_true", help="end at lam* of 1.05, or when it stalls")
     # fmt: on
     args = parser.parse_args(argv)
-    # The slow average remembers a tenth of the run at most, the fast one (--paper) a fiftieth.
-    slow, fast = (max(0.0, 1 - k / args.iterations) for k in (10, 50))
-    settings = dict(slow_decay=min(0.999, slow), fast_decay=min(0.99, fast))
-    if not args.paper:
-        settings |= {"student_steps": args.student_steps, "teacher_ratio": None}
+    windows = {} if args.paper else dict(student_steps=args.student_steps, teacher_ratio=None)
     if args.quantize and not find_spec("torchao"):
         parser.error("--quantize int8 needs torchao: pip install torchao")
     try:
-        args.config = sc.ShortcutConfig(shift_range=args.shift_range, **settings)
+        args.config = sc.ShortcutConfig(shift_range=args.shift_range, **windows)
         args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -34,8 +34,8 @@ fd.FINE, fd.STEPS = 8, (3,)
 SPY = """
 from safetensors.torch import save_file
 kept, calls, update = {{}}, [], fd.sc.update_ema
-def keep(ema, weights, decay):
-    update(ema, weights, decay)
+def keep(ema, weights, decay, iteration):
+    update(ema, weights, decay, iteration)
     calls.append(decay)
     kept[("fast", "slow")[len(calls) % 2]], kept["student"] = ema, weights
     {then}

@@ -1,6 +1,6 @@
 """How few pairs suffice on the tiny Flux, and do they leak? python tests/benchmarks/fewshot.py
 
-Distils as the README's demonstration does (400 iterations, batch 64) on 1, 3, 10, 30, 100 and all
+Distils as the README's demonstration does on 1, 3, 10, 30, 100 and all
 180 pairs that the teacher made, three draws of each (a draw shuffles the 180, and K pairs are its
 first K; it is also the seed). The 12 held-out captions are those of the demonstration; distances
 are on the 8 that are compared, 8 noises each, as in its table, leakage on 32 noises each.
@@ -42,7 +42,7 @@ def distilled(out: Path, pairs: int, draw: int, length: float) -> Namespace:
     random.Random(draw).shuffle(pool)
     out.mkdir(parents=True, exist_ok=True)
     (file := out / f"draw-{draw}-{pairs}.txt").write_text("\n".join([*pool, *held_out]) + "\n")
-    more = ["--prompts", file, "--limit", pairs, "--validate-every", 400, *quality.short(length)]
+    more = ["--prompts", file, "--limit", pairs, "--validate-every", 1000, *quality.short(length)]
     return quality.distilled(out, f"{pairs}-pairs-{draw}", draw, *more, steps=(2, 3, 4, 8))
 
 

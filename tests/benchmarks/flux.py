@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 import flux_distill as fd
 
 TINY = Path(__file__).parents[1] / "tiny_flux"
-DEMO = """--resolution 32 --shift 1 --shift-range 1 1 --iterations 400 --batch 64
+ITERATIONS = 200
+DEMO = f"""--resolution 32 --shift 1 --shift-range 1 1 --iterations {ITERATIONS} --batch 64
           --learning-rate 1e-3 --no-checkpointing --noises 8"""
 RUNS = {
     "all pairs": "", "ten pairs": "--limit 10", "the paper's windows": "--paper",

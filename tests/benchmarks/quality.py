@@ -301,7 +301,7 @@ def diversity(latents: Tensor, captions: Tensor) -> float:
 
 
 def short(length: float) -> list[str]:
-    return [] if length == 1 else ["--iterations", str(max(2, round(400 * length)))]
+    return [] if length == 1 else ["--iterations", str(max(2, round(demo.ITERATIONS * length)))]
 
 
 def measure(out: Path, seed: int, judge: Judge, tuned: dict, length: float = 1.0) -> dict:
