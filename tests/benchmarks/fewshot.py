@@ -43,7 +43,7 @@ def distilled(out: Path, pairs: int, draw: int, length: float) -> Namespace:
     out.mkdir(parents=True, exist_ok=True)
     (file := out / f"draw-{draw}-{pairs}.txt").write_text("\n".join([*pool, *held_out]) + "\n")
     more = ["--prompts", file, "--limit", pairs, "--validate-every", 1000, *quality.short(length)]
-    return quality.distilled(out, f"{pairs}-pairs-{draw}", draw, *more, steps=(2, 3, 4, 8))
+    return quality.distilled(out, f"{pairs}-pairs-{draw}", draw, *more, steps=(STEPS,))
 
 
 def nearest(samples: Tensor, pictures: Tensor) -> float:
