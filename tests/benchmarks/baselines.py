@@ -6,7 +6,7 @@ on the tiny Flux, at shift 1. Prints Markdown tables; errors as in toy.py and fl
 
 Budget: rows x network calls, a backward counts as two. Ours: 5.12 million, 2,000 iterations (twice
 the toy's) of 512 rows with 5 calls each: teacher, average, student and its backward; on the tiny
-Flux 400 of 64. All distilling methods have as many, the one from scratch the teacher's 6.14 million
+Flux 200 of 64. All distilling methods have as many, the one from scratch the teacher's 6.14 million
 besides. A scale takes 0.5 to 2 % more, not counted. Network, batch, Adam and schedule are the
 toy's; the step comes as 9 more inputs. On the tiny Flux, LoRA and AdamW are flux_distill.py's, the
 rate of the others falls in the second half; the step comes by a small MLP, at first 0, into the
