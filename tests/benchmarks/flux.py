@@ -10,8 +10,10 @@ import toy as bench  # isort: skip; tests/benchmarks/toy.py: it sets threads bef
 
 import argparse
 import os
+import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -42,7 +44,8 @@ def measure(out: Path, run: str, seed: int) -> dict[tuple[str, int], dict]:
     more = [*DEMO.split(), *RUNS[run].split(), "--seed", seed]
     args = fd.parse([str(word) for word in (*paths, *more)])
     fd.prepare(args)
-    results = fd.distil(args)
+    with redirect_stdout(sys.stderr):  # each run prints its own table
+        results = fd.distil(args)
     table = {(row["sampler"], row["steps"]): row for row in results["table"]}
     table["seed to seed"] = results["seed_to_seed"]
     table["iterations"] = results["adapter"]["iterations"]

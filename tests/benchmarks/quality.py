@@ -28,6 +28,7 @@ import sys
 import tempfile
 from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -62,7 +63,8 @@ def distilled(out: Path, name: str, seed: int, *more, steps=demo.STEPS) -> Names
     words = [*paths, *demo.DEMO.split(), "--seed", seed, *more]
     args = fd.parse([str(word) for word in words])
     fd.prepare(args)
-    fd.distil(args)
+    with redirect_stdout(sys.stderr):  # it prints a table
+        fd.distil(args)
     return args
 
 
