@@ -1,4 +1,4 @@
-"""What must hold on the tiny Flux: python tests/benchmarks/flux.py (20 minutes on 2 cores)
+"""What must hold on the tiny Flux: python tests/benchmarks/flux.py (25 minutes on 2 cores)
 
 Runs flux_distill.py as the README's demonstration does, with 3 seeds, on all pairs, on ten, with
 the paper's windows, until lam* says stop, and at other time shifts, and prints Markdown tables.
