@@ -195,7 +195,7 @@ def distil(recipe: str, seed: int, length: float, decays, rate: float) -> dict:
 
     fd = demo.fd
     torch.set_num_threads(1)
-    last = max(40, round(CHECKPOINTS[-1] * length))
+    last = max(10, round(CHECKPOINTS[-1] * length))
     end = FLUX_ENDS.get((recipe, decays), CHECKPOINTS[-1])
     points = [max(1, round(i * last / CHECKPOINTS[-1])) for i in CHECKPOINTS if i <= end]
     with tempfile.TemporaryDirectory() as folder, patch.object(fd, "STEPS", (3,)):
