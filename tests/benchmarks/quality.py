@@ -303,7 +303,9 @@ def diversity(latents: Tensor, captions: Tensor) -> float:
 
 
 def short(length: float) -> list[str]:
-    return [] if length == 1 else ["--iterations", str(max(2, round(demo.ITERATIONS * length)))]
+    """Flags of a shorter run."""
+    count = max(2, round(demo.ITERATIONS * length))
+    return [] if length == 1 else ["--iterations", str(count), "--noises", "2"]
 
 
 def measure(out: Path, seed: int, judge: Judge, tuned: dict, length: float = 1.0) -> dict:
