@@ -415,6 +415,7 @@ def test_accumulation_averages_and_keeps_one_ema_update_a_step(tmp_path, monkeyp
 def test_averages_follow_the_student_in_float32(tmp_path, monkeypatch):
     """By hand, from the students of 12 steps: the decay is i / (i + 4), until its own is less."""
     args = prepared(tmp_path / "out", "--paper", "--iterations", 12, "--validate-every", 12)
+    assert (args.config.fast_decay, args.config.slow_decay) == (0.99, 0.999)  # the paper's
     args.config = replace(args.config, fast_decay=0.5, slow_decay=0.7)
     averages, steps, update = {}, {0.5: 0, 0.7: 0}, sc.update_ema
 

@@ -1,9 +1,9 @@
 """How few pairs suffice on the tiny Flux, and do they leak? python tests/benchmarks/fewshot.py
 
-Distils as the README's demonstration does on 1, 3, 10, 30, 100 and all
-180 pairs that the teacher made, three draws of each (a draw shuffles the 180, and K pairs are its
-first K; it is also the seed). The 12 held-out captions are those of the demonstration; distances
-are on the 8 that are compared, 8 noises each, as in its table, leakage on 32 noises each.
+Distils as the README's demonstration does on 1, 3, 10, 30, 100 and all 180 pairs that the teacher
+made, three draws of each (a draw shuffles the 180, and K pairs are its first K; it is also the
+seed). The 12 held-out captions are those of the demonstration; distances are on the 8 that are
+compared, 8 noises each, as in its table, leakage on 32 noises each.
 
 Leakage: RMSE from a 3-step sample of a held-out caption to the nearest training picture (latents),
 over the same from the teacher's 32 steps with the same noise. Less than 1: the student is drawn to

@@ -23,6 +23,7 @@ import toy as bench  # isort: skip; tests/benchmarks/toy.py: it sets threads bef
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 import tempfile
@@ -94,14 +95,13 @@ def law(config: sc.ShortcutConfig, iterations: int | None = None, growing=False)
                 second = teacher if row and not config.dual else slow
                 first[i, i] += share * w
                 second[i, i - d] += share * (1 - w)
-    v_fast = v_slow = v = identity = torch.eye(n + 1, dtype=torch.float64)
+    v, v_fast, v_slow, identity = torch.eye(n + 1, dtype=torch.float64).repeat(4, 1, 1)
     if iterations is None:
         return torch.linalg.solve(identity - fast - slow, teacher)
     for i in range(1, iterations + 1):
         v = teacher + fast @ v_fast + slow @ v_slow
-        share = 4 / (i + 4) if growing else 0.0
-        v_fast = v_fast.lerp(v, max(1 - config.fast_decay, share))
-        v_slow = v_slow.lerp(v, max(1 - config.slow_decay, share))
+        for average, decay in ((v_fast, config.fast_decay), (v_slow, config.slow_decay)):
+            sc.update_ema([average], [v], decay, i if growing else math.inf)
     return v
 
 
@@ -281,10 +281,10 @@ def task_flux(rho, iterations, length, folder) -> dict:
     from safetensors.torch import load_file
 
     fd = demo.fd
-    paths = ["--model", demo.TINY, "--prompts", demo.TINY / "prompts.txt"]
-    paths += ["--out", Path(folder) / f"flux-{rho}-{iterations}", "--paper"]
-    paths = [*demo.DEMO.split(), *paths, "--iterations", max(2, round(iterations * length))]
-    args = fd.parse([str(word) for word in paths])
+    words = [*demo.DEMO.split(), "--model", demo.TINY, "--prompts", demo.TINY / "prompts.txt"]
+    words += ["--out", Path(folder) / f"flux-{rho}-{iterations}", "--paper"]
+    words += ["--iterations", max(2, round(iterations * length))]
+    args = fd.parse([str(word) for word in words])
     args.config = config = dataclasses.replace(args.config, teacher_ratio=rho)
     fd.prepare(args)
     fd.make_cache(args)
