@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils import backend_registration as backends
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 from test_flux import SMALL, TINY, content, fd, picture, prepared, run, same_run, says, sc, train
@@ -272,3 +273,38 @@ def test_a_token_is_written_nowhere_and_nothing_outside_out(tmp_path):
     assert len(files) > 15
     assert not any(token.encode() in data for data in files.values())
     assert token not in done.stdout + done.stderr
+
+
+MIXED = """
+import sys
+sys.path.insert(0, {tests!r})
+import pretend_gpu as gpu
+from pretend_gpu import torch
+with gpu.Names(), gpu.Dispatch():
+    there, here, generator = torch.ones(2, 2, device="cuda"), torch.ones(2, 2), torch.Generator()
+    assert (2 * there + torch.tensor(1.0)).sum().item() == 12 and there.device == gpu.DEVICE
+    for number, mixed in enumerate((
+        lambda: there + here, lambda: torch.stack([there, here]), lambda: there.numpy(),
+        lambda: here[there.long()], lambda: torch.rand(2, device="cuda", generator=generator),
+    )):
+        try:
+            mixed()
+        except (RuntimeError, TypeError):
+            continue
+        raise SystemExit(f"nothing was said of mixture {{number}}")
+gpu.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(backends, "_setup_privateuseone_for_python_backend"), reason="new")
+def test_the_branch_of_a_gpu_on_a_pretended_one(tmp_path):
+    """No tensor of the CPU meets one of the GPU, from the cache to the self-check, in bfloat16."""
+    (script := tmp_path / "gpu.py").write_text(MIXED.format(tests=os.path.dirname(__file__)))
+    more = ["--iterations", 2, "--held-out", 2, "--batch", 2, "--limit", 4, "--paper"]
+    command = [sys.executable, script, *SMALL.split(), "--out", tmp_path / "out", *more]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {x.dtype for x in load_file(tmp_path / "out" / fd.LORA).values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out/results.json").read_text())["self_check"] < 3e-2
