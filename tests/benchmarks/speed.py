@@ -83,7 +83,7 @@ class Silent:
         self.args = args
 
     def report(self, weights, name):
-        return {f"lam_{n}": 1.0 for n in self.args.watched} | {"rmse": 1.0, "teacher_rmse": 2.0}
+        return {f"lam_{n}": 1.0 for n in self.args.steps} | {"rmse": 1.0, "teacher_rmse": 2.0}
 
 
 def train(device, config, tokens, pixels, batch, checkpointing, iterations, out):
