@@ -18,6 +18,7 @@ COMMANDS = {
     "lookahead.py --parts table scales --length 0.01 " + ONE: "on a table",
     "quality.py --length 0.02 " + ONE: "UniPC",
     "fewshot.py --pairs 1 --length 0.02 " + ONE: "strangers",
+    "speed.py --config small --iterations 4 --threads 1": "latents of one picture",
 }  # fmt: skip
 
 

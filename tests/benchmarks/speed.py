@@ -4,7 +4,8 @@ The floor of a step is its calls of the network: teacher and average without gra
 forward and backward. Trains with flux_distill.train itself, on random weights and cached noise, and
 takes the time within those calls and between the starts of steps. On a CPU: a Flux of 124 million
 parameters. On a CUDA device: FLUX.1-dev's own configuration, built there in bfloat16, with peak
-memory and the share of the rate of a large matrix product.
+memory and the share of the rate of a large matrix product; then, at one size, compiled blocks and
+other attention kernels. Last, what sampling with the adapter takes, without text encoders and VAE.
 """
 
 import argparse
@@ -21,10 +22,10 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 import flux_distill as fd
+from flux_distill import FluxPipeline, FluxTransformer2DModel
 
 TINY = Path(__file__).parents[1] / "tiny_flux"
 DEV = dict(num_attention_heads=24, attention_head_dim=128, num_layers=19, num_single_layers=38,
@@ -32,10 +33,13 @@ DEV = dict(num_attention_heads=24, attention_head_dim=128, num_layers=19, num_si
            pooled_projection_dim=768, guidance_embeds=True)  # fmt: skip
 MEDIUM = DEV | dict(num_attention_heads=8, attention_head_dim=96, num_layers=3, num_single_layers=6,
                     axes_dims_rope=(16, 40, 40))  # fmt: skip
-CASES = {  # configuration, text tokens, (pixels, batches)
-    "cpu": (MEDIUM, 64, [(256, (2,))]),
-    "cuda": (DEV, 256, [(512, (1, 4, 8, 16)), (1024, (1, 4))]),
-}
+SMALL = MEDIUM | dict(num_attention_heads=2, num_layers=1, num_single_layers=1)
+CONFIGS = {"dev": DEV, "medium": MEDIUM, "small": SMALL}
+SIZES = {"cuda": {512: (1, 4, 8, 16), 1024: (1, 4)}, "cpu": {256: (2,)}}  # pixels: batches
+BEST = {"cuda": (512, 8), "cpu": (256, 2)}  # the size on which variants are tried
+KERNELS = ("_native_cudnn", "_native_flash", "_native_efficient")  # of PyTorch; "native" chooses
+HEADS = ("pixels", "batch", "checkpointing", "variant", "step, s", "its calls, s", "ratio",
+         "TFLOP/s", "GiB")  # fmt: skip
 
 
 class Clock:
@@ -86,42 +90,85 @@ class Silent:
         return {f"lam_{n}": 1.0 for n in self.args.steps} | {"rmse": 1.0, "teacher_rmse": 2.0}
 
 
-def train(device, config, tokens, pixels, batch, checkpointing, iterations, out):
-    """Time of a step, of its calls, FLOPs of a forward of one image, parameters, peak GiB."""
-    flags = f"--model {TINY} --resolution 32 --rank 64 --batch {batch} --limit 2 --held-out 2"
-    flags += f" --iterations {iterations} --checkpoint-every 1000000 --out {out}"
-    args = fd.parse(flags.split() + ([] if checkpointing else ["--no-checkpointing"]))
-    fd.prepare(args)
-    args.size, args.channels = (pixels // 16,) * 2, config["in_channels"]
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    torch.set_default_dtype(dtype)
+def build(device: str, config: dict) -> FluxPipeline:
+    """A pipeline without a text side, around a transformer of random weights."""
+    torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
     with torch.device(device):
         net = FluxTransformer2DModel(**config)
     torch.set_default_dtype(torch.float32)
-    pipe = FluxPipeline.from_pretrained(
-        TINY, transformer=net.requires_grad_(False), text_encoder=None, text_encoder_2=None,
-        tokenizer=None, tokenizer_2=None,
-    )  # fmt: skip
-    args.loaded, fd.Validation = ("image", pipe), Silent
+    absent = dict.fromkeys(fd.TEXT_SIDE)
+    pipe = FluxPipeline.from_pretrained(TINY, transformer=net.requires_grad_(False), **absent)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def prepared(pipe: FluxPipeline, pixels: int, batch: int, out: str, *more: str):
+    """Settings of a run of this size, its cache filled with noise."""
+    flags = f"--model {TINY} --resolution 32 --batch {batch} --limit 2 --held-out 2 --out {out}"
+    args = fd.parse([*flags.split(), *more])
+    fd.prepare(args)
+    net, args.loaded = pipe.transformer, ("image", pipe)
+    args.size, args.channels = (pixels // 16,) * 2, net.config.in_channels
+    tokens = 256 if args.device == "cuda" else 64
     for i, key in enumerate(args.keys["text"]):
-        text = {"text": torch.randn(tokens, config["joint_attention_dim"]).to(dtype),
-                "pooled": torch.randn(config["pooled_projection_dim"]).to(dtype)}  # fmt: skip
+        text = {"text": torch.randn(tokens, net.config.joint_attention_dim).to(net.dtype),
+                "pooled": torch.randn(net.config.pooled_projection_dim).to(net.dtype)}  # fmt: skip
         fd.write_tensors(fd.entry(args, "text", i), text, {"key": key})
     for i, key in enumerate(args.keys["latent"]):
         latent = {"latent": torch.randn(*args.size, args.channels)}
         fd.write_tensors(fd.entry(args, "latent", i), latent, {"key": key})
+    return args
+
+
+def flops_of_a_call(args) -> int:
+    """FLOPs of the network's forward on one image."""
     velocity = fd.Adapter(args).velocity(None, args.size)
-    cond = fd.read(args, "text", [0]) | {"guidance": torch.ones(1, device=device)}
-    x = torch.randn(1, args.size[0] * args.size[1], args.channels, device=device)
+    cond = fd.read(args, "text", [0]) | {"guidance": torch.ones(1, device=args.device)}
+    noise, t = fd.noises(args, [("x",)]), torch.ones(1, device=args.device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        velocity(x, torch.ones(1, device=device), **cond)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    with Clock(device) as clock:
-        fd.train(args)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
-    count = sum(p.numel() for name, p in net.named_parameters() if "lora" not in name)
-    return clock.steps(), counter.get_total_flops(), count, peak
+        velocity(noise, t, **cond)
+    return counter.get_total_flops()
+
+
+def line_of(pipe, pixels, batch, checkpointing, iterations, peak, variant="") -> str:
+    """A line of the table: a short run of this size, timed."""
+    cells = [str(pixels), str(batch), "yes" if checkpointing else "no", variant]
+    try:
+        with tempfile.TemporaryDirectory() as out:
+            more = ["--iterations", str(iterations), "--checkpoint-every", "1000000"]
+            more += [] if checkpointing else ["--no-checkpointing"]
+            args = prepared(pipe, pixels, batch, out, *more)
+            pipe.transformer.disable_gradient_checkpointing()
+            flops = flops_of_a_call(args)
+            if peak:
+                torch.cuda.reset_peak_memory_stats()
+            with Clock(args.device) as clock:
+                fd.train(args)
+        step, calls = (statistics.median(column) for column in zip(*clock.steps()))
+        ratio = statistics.median(s / c for s, c in clock.steps())
+        # teacher, average, student forward; backward as one more, for weights are frozen
+        rate = flops * batch * (4 + checkpointing) / step
+        cells += [f"{step:.3f}", f"{calls:.3f}", f"{ratio:.3f}", f"{rate / 1e12:.3g}"]
+        cells[-1] += f" ({rate / peak:.0%})" if peak else ""
+        cells.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if peak else "")
+    except torch.OutOfMemoryError:
+        cells += ["out of memory", *[""] * 4]
+    gc.collect()
+    fd.free_memory()
+    return f"| {' | '.join(cells)} |"
+
+
+def sampling(pipe, pixels: int, steps: int = 3, repeats: int = 5) -> float:
+    """Seconds in which the stock pipeline makes the latents of one picture, adapter switched on."""
+    with tempfile.TemporaryDirectory() as out:
+        args, times = prepared(pipe, pixels, 1, out), []
+        fd.Adapter(args).net.enable_adapters()
+        cond, noise = fd.held_out(args, [0], "speed")
+        for _ in range(repeats + 1):  # the first warms up
+            began = time.perf_counter()
+            fd.sample(args, pipe, cond, noise[:1], steps).cpu()
+            times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
 
 
 def matmul_peak(device: str, size: int = 8192, repeats: int = 20) -> float:
@@ -139,42 +186,44 @@ def matmul_peak(device: str, size: int = 8192, repeats: int = 20) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split(": ")[0])
-    parser.add_argument("--iterations", type=int, default=12, help="steps of each case")
+    parser.add_argument("--iterations", type=int, default=12, help="steps of each case, 4 or more")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a CPU")
+    parser.add_argument("--config", choices=CONFIGS, help="default: dev on CUDA, else medium")
+    parts = ("steps", "variants", "sampling")
+    parser.add_argument("--parts", nargs="+", choices=parts, help="default: all on CUDA, else no"
+                        " variants: there compiling takes minutes")  # fmt: skip
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    fd.Validation = Silent
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config, tokens, sizes = CASES[device]
-    peak = matmul_peak(device) if device == "cuda" else None
-    name = torch.cuda.get_device_name() if peak else f"{args.threads} CPU threads"
-    print(f"{name}, PyTorch {torch.__version__}")
-    if peak:
+    on_gpu, sizes = device == "cuda", SIZES[device]
+    parts = args.parts or (parts if on_gpu else ("steps", "sampling"))
+    peak = matmul_peak(device) if on_gpu else None
+    name = torch.cuda.get_device_name() if on_gpu else f"{args.threads} CPU threads"
+    pipe = build(device, CONFIGS[args.config or ("dev" if on_gpu else "medium")])
+    print(f"{name}, PyTorch {torch.__version__},", f"{pipe.transformer.num_parameters() / 1e6:.0f}",
+          "million parameters")  # fmt: skip
+    if on_gpu:
         print(f"bfloat16 matrix product: {peak / 1e12:.0f} TFLOP/s")
-    heads = "pixels", "batch", "checkpointing", "step, s", "its calls, s", "ratio", "TFLOP/s", "GiB"
-    print(f"| {' | '.join(heads)} |")
-    print("|---" * 8 + "|")
-    for pixels, batches in sizes:
+    if {"steps", "variants"} & {*parts}:
+        print(f"| {' | '.join(HEADS)} |")
+        print("|---" * len(HEADS) + "|")
+    for pixels, batches in sizes.items() if "steps" in parts else ():
         for batch, checkpointing in itertools.product(batches, (True, False)):
-            cells = [str(pixels), str(batch), "yes" if checkpointing else "no"]
-            try:
-                with tempfile.TemporaryDirectory() as out:
-                    steps, flops, count, memory = train(
-                        device, config, tokens, pixels, batch, checkpointing, args.iterations, out
-                    )
-                step, calls = (statistics.median(column) for column in zip(*steps))
-                ratio = statistics.median(s / c for s, c in steps)
-                # teacher, average, student forward; backward twice that but for frozen weights
-                total = flops * batch * (4 + (1 if checkpointing else 0))
-                rate = total / step / 1e12
-                share = f" ({rate * 1e12 / peak:.0%})" if peak else ""
-                cells += [f"{step:.3f}", f"{calls:.3f}", f"{ratio:.3f}", f"{rate:.3g}{share}"]
-                cells.append(f"{memory:.1f}" if memory else "")
-            except torch.OutOfMemoryError:
-                cells += ["out of memory", "", "", "", ""]
-            print(f"| {' | '.join(cells)} |", flush=True)
-            gc.collect()
-            fd.free_memory()
-    print(f"{count / 1e6:.0f} million parameters; TFLOP/s: counted forward, backward as one more")
+            print(line_of(pipe, pixels, batch, checkpointing, args.iterations, peak), flush=True)
+    if "sampling" in parts:
+        seconds = {pixels: sampling(pipe, pixels) for pixels in sizes}
+        texts = [f"{pixels} px {s:.2f} s" for pixels, s in seconds.items()]
+    if "variants" in parts:  # last, for blocks stay compiled
+        case = (pipe, *BEST[device], True, args.iterations, peak)
+        for kernel in KERNELS if on_gpu else ():
+            pipe.transformer.set_attention_backend(kernel)
+            print(line_of(*case, kernel), flush=True)
+        pipe.transformer.set_attention_backend("native")
+        pipe.transformer.compile_repeated_blocks()
+        print(line_of(*case, "compiled blocks"), flush=True)
+    if "sampling" in parts:
+        print(f"3 steps of the sampler, the latents of one picture: {', '.join(texts)}")
 
 
 if __name__ == "__main__":
