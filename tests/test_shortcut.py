@@ -206,6 +206,17 @@ def test_shift_is_drawn_for_each_row_over_the_whole_range():
     assert abs(s.mean() - 3.5) < 0.03
 
 
+@pytest.mark.parametrize("draw", [0.0, 0.25, 1 - 2**-24])
+def test_starts_and_shifts_fill_their_ranges_and_leave_out_zero(draw, monkeypatch):
+    """Every uniform draw is this one, of [0, 1): starts lie in (0, 1], shifts in [low, high]."""
+    monkeypatch.setattr(torch, "rand", lambda count, **_: torch.full((count,), draw))
+    config = sc.ShortcutConfig.for_steps(3, shift_range=(1.25, 5.0))
+    expected = sc.shift_time(torch.tensor([1 - draw]), 1.25 + 3.75 * draw)
+    windows = sc.sample_windows(config, 1)
+    assert_close(windows.t, expected, rtol=1e-5, atol=0)
+    assert 0 < windows.t <= 1 and windows.t_end < windows.t_mid < windows.t
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_number_of_teacher_rows_is_right_on_average(batch):
     g = seeded()
