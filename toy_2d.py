@@ -360,7 +360,7 @@ def main(argv: list[str] | None = None) -> None:
     plot_samples(samples, energy, reference, floor, out / "samples.png")
     plot_paths(samplers, noise, reference, shift, out / "paths.png")
     title = "energy distance to the data"
-    progress = [(title, "iteration", errors), ("best scale λ*; 1: matched", "iteration", lams)]
+    progress = [(title, "iteration", errors), ("λ*; 1: matched", "iteration", lams)]
     plot_lines(progress[: 1 + bool(scales)], 1.0 if scales else floor, out / "progress.png")
     plot_lines([(f"{title} (black: floor)", "Euler steps", energy)], floor, out / "quality.png")
     if args.animate:
