@@ -44,6 +44,7 @@ from diffusers.training_utils import free_memory, generate_aspect_ratio_buckets
 from huggingface_hub import errors as hub
 from huggingface_hub import hf_hub_download
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from transformers import CLIPTextModel, T5EncoderModel
 
 import shortcut as sc
@@ -200,8 +201,9 @@ def check_memory(args: Namespace, config: dict) -> None:
         net = FluxTransformer2DModel.from_config(config)
     parameters, gpu = sum(p.numel() for p in net.parameters()), args.device == "cuda"
     if parameters > 1e9 and not gpu:
-        die(f"--model {args.model} has {parameters / 1e9:.0f} billion parameters and there is no"
-            " GPU: use one of 48 GB or more, or try --model tests/tiny_flux here")  # fmt: skip
+        die(f"--model {args.model} has {parameters / 1e9:.0f} billion parameters and PyTorch sees"
+            " no GPU: use one of 48 GB or more (if nvidia-smi shows one, its driver is older than 580:"
+            " pip install 'torch<2.11'), or try --model tests/tiny_flux here")  # fmt: skip
     lora = args.rank * sum(sum(net.get_submodule(name).weight.shape) for name in targets(args, net))
     blocks, width = len([*net.transformer_blocks, *net.single_transformer_blocks]), 2 if gpu else 4
     kept = blocks + 45 if args.checkpointing else 28 * blocks  # activations a token, of its width
@@ -282,16 +284,17 @@ class Adapter:
             kind = dict(init_lora_weights="gaussian", target_modules=targets(args, self.net))
             self.net.add_adapter(LoraConfig(r=r, lora_alpha=r, **kind))
         self.scale = None  # that is switched on; 0: the teacher
+        self.layers = [m for m in self.net.modules() if isinstance(m, LoraLayer)]
         self.params = [p for name, p in self.net.named_parameters() if ".lora_" in name]
 
     @torch.no_grad()
     def use(self, weights: list[Tensor] | None, scale: float = 1.0) -> None:
         scale = scale if weights else 0.0
-        if scale != self.scale:  # switching costs more than a copy
+        if scale != self.scale:
             self.scale = scale
-            self.net.enable_adapters() if scale else self.net.disable_adapters()
-            if scale:
-                self.net.set_adapters("default", scale)
+            for layer in self.layers:  # the network's own methods walk all of its modules
+                layer.enable_adapters(scale != 0)
+                layer.set_scale("default", scale)
         if scale:
             torch._foreach_copy_(self.params, weights)
 
@@ -1006,7 +1009,8 @@ def prepare(args: Namespace) -> None:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         engine = "nccl" if args.device == "cuda" else "gloo"
-        dist.init_process_group(engine, timeout=timedelta(hours=2))
+        patience = timedelta(days=1)  # of those that wait while one validates
+        dist.init_process_group(engine, timeout=patience)
     args.lora, args.check = args.out / LORA, args.out / "cache/check.safetensors"
     args.state, args.steps = args.out / "checkpoint/state.safetensors", {*STEPS, args.student_steps}
     args.steps = sorted(args.steps)

@@ -784,7 +784,7 @@ def test_error_schnell_and_other_models(tmp_path):
 def test_error_large_model_without_gpu(tmp_path):
     size = dict(num_attention_heads=24, attention_head_dim=128, num_layers=19, num_single_layers=38)
     folder = edited(tmp_path, "transformer/config.json", **size, axes_dims_rope=[16, 56, 56])
-    says("12 billion parameters and there is no GPU", "--model", folder, "--out", tmp_path / "out")
+    says("billion parameters and PyTorch sees no GPU", "--model", folder, "--out", tmp_path / "out")
 
 
 def test_error_memory(tmp_path, monkeypatch):
