@@ -202,8 +202,8 @@ def check_memory(args: Namespace, config: dict) -> None:
     parameters, gpu = sum(p.numel() for p in net.parameters()), args.device == "cuda"
     if parameters > 1e9 and not gpu:
         die(f"--model {args.model} has {parameters / 1e9:.0f} billion parameters and PyTorch sees"
-            " no GPU: use one of 48 GB or more (if nvidia-smi shows one, its driver is older than 580:"
-            " pip install 'torch<2.11'), or try --model tests/tiny_flux here")  # fmt: skip
+            " no GPU: use one of 48 GB or more (if nvidia-smi shows one, its driver is older than"
+            " 580: pip install 'torch<2.11'), or try --model tests/tiny_flux here")  # fmt: skip
     lora = args.rank * sum(sum(net.get_submodule(name).weight.shape) for name in targets(args, net))
     blocks, width = len([*net.transformer_blocks, *net.single_transformer_blocks]), 2 if gpu else 4
     kept = blocks + 45 if args.checkpointing else 28 * blocks  # activations a token, of its width
