@@ -681,12 +681,20 @@ def test_optimal_scale_passes_cond():
         (dict(teacher_ratio=None, student_steps=3, shift_range=(-1, 2)), "shift_range"),
         (dict(teacher_ratio=None, student_steps=3, dual=False), "dual=False must be True"),
         (dict(fast_decay=1.0), r"1.0.*\[0, 1\)"),
+        (dict(fast_decay=1.5), r"1.5.*\[0, 1\)"),
         (dict(slow_decay=-0.1), r"-0.1.*\[0, 1\)"),
     ],
 )
 def test_bad_settings_are_refused_with_value_and_range(bad, words):
     with pytest.raises(ValueError, match=words):
         sc.ShortcutConfig(**bad)
+
+
+def test_the_ends_of_ranges_are_allowed():
+    assert sc.ShortcutConfig(teacher_ratio=0.0, fast_decay=0.0, strides=(1, 16), grid_steps=32)
+    assert sc.ShortcutConfig(teacher_ratio=1.0, shift_range=(0.1, 0.1), strides=(1, 16))
+    for steps in (1, 16):
+        assert sc.ShortcutConfig.for_steps(steps).student_steps == steps
 
 
 def test_lists_do_as_well_as_tuples():
@@ -726,9 +734,15 @@ def test_bad_tensors_are_refused():
             sc.shortcut_loss(FLAT, windows, x, x, student=net, **FOUR)
         with pytest.raises(ValueError, match=r"\[4, 2\]\), .*\[\d, \d\]\) must be like x_t"):
             sc.shortcut_loss(FLAT, windows, x, x, student=constant(0), **FOUR | {"slow": net})
-    narrow = dict.fromkeys(("first", "second"), constant(1)) | {"first": lambda x, t: x[:, :1]}
-    with pytest.raises(ValueError, match=r"\[4, 1\]\), .*\[4, 2\]\) must be like x_t"):
-        sc.shortcut_target(x_t=x, windows=windows, **narrow)
+    for widths in ((1, 2, 2), (2, 1, 2), (1, 1, 2), (2, 1, 1), (1, 2, 1), (2, 2, 1)):
+        first, second, state = (torch.zeros(4, width) for width in widths)
+        with pytest.raises(ValueError, match=r"\[4, {}\]\), .*\[4, {}\]\) must".format(*widths)):
+            sc.shortcut_target(lambda *_, v=first: v, lambda *_, v=second: v, state, windows)
+    one = x[:, :1]
+    with pytest.raises(ValueError, match=r"velocity \[4, 2\] must be like x_0"):
+        sc.shortcut_loss(FLAT, windows, one, one, student=lambda *_: x, **FOUR)
+    with pytest.raises(ValueError, match=r"noise \[4, 2\] must be like x_0 \[4, 1\]"):
+        loss(one, x)
     with pytest.raises(ValueError, match="slow=None"):
         sc.shortcut_loss(FLAT, windows, x, x, student=None, fast=None, teacher=constant(1))
     vanilla = dataclasses.replace(FLAT, dual=False)
