@@ -72,6 +72,19 @@ def test_shifts_compose_and_keep_the_ends(a, b):
     assert (sc.shift_time(u, a).diff() > 0).all()
 
 
+def test_a_grid_is_even_unless_shifted():
+    assert_close(sc.time_grid(4), torch.tensor([1, 0.75, 0.5, 0.25, 0]))
+
+
+def test_sampling_averages_and_scale_keep_no_graph():
+    weight, average = torch.ones(1, requires_grad=True), torch.zeros(1)
+    noise, times = torch.ones(2, 1), sc.time_grid(2)
+    assert not sc.euler_sample(lambda x, t: weight * x, noise, times).requires_grad
+    assert not sc.optimal_scale(lambda x, t: weight * x, constant(1), noise, times).requires_grad
+    sc.update_ema([average], [weight], 0.5)
+    assert not average.requires_grad
+
+
 def test_euler_is_exact_for_a_constant_velocity_and_first_order_in_general():
     noise = torch.randn(64, 2, generator=seeded(), dtype=torch.float64)
     end = sc.euler_sample(constant(0.7), noise, sc.time_grid(3, 3.0))
@@ -692,9 +705,14 @@ def test_bad_settings_are_refused_with_value_and_range(bad, words):
 
 def test_the_ends_of_ranges_are_allowed():
     assert sc.ShortcutConfig(teacher_ratio=0.0, fast_decay=0.0, strides=(1, 16), grid_steps=32)
-    assert sc.ShortcutConfig(teacher_ratio=1.0, shift_range=(0.1, 0.1), strides=(1, 16))
+    assert sc.ShortcutConfig(teacher_ratio=1.0, shift_range=(0.1, 0.1), strides=(1, 3, 16))
     for steps in (1, 16):
         assert sc.ShortcutConfig.for_steps(steps).student_steps == steps
+
+
+def test_settings_stay_as_they_are():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        sc.ShortcutConfig().dual = False
 
 
 def test_lists_do_as_well_as_tuples():
