@@ -201,7 +201,8 @@ def distil(recipe: str, seed: int, length: float, decays, rate: float) -> dict:
     with tempfile.TemporaryDirectory() as folder, patch.object(fd, "STEPS", (3,)):
         words = [*demo.DEMO.split(), "--learning-rate", rate, "--iterations", last, "--seed", seed,
                  "--validate-every", last, "--checkpoint-every", last, "--model", demo.TINY,
-                 "--prompts", demo.TINY / "prompts.txt", "--out", folder]  # fmt: skip
+                 "--prompts", demo.TINY / "prompts.txt", "--out", folder,
+                 "--limit", 0 if length >= 1 else 20]  # fmt: skip
         args = fd.parse([str(w) for w in words] + ["--paper"] * (recipe == "paper"))
         if decays:
             args.config = replace(args.config, fast_decay=decays[0], slow_decay=decays[1])
