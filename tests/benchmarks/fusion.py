@@ -38,7 +38,7 @@ tiny, TINY = quality.tiny, quality.demo.TINY
 RECIPES = {"plain flow matching": dict(teacher_ratio=1.0)}
 RECIPES |= {f"rho {rho}": dict(teacher_ratio=rho) for rho in (0.9, 0.75, 0.5, 0.33, 0.2)}
 RECIPES["matched, 3 steps"] = bench.matched(3)
-FLUX_RECIPES = ["plain flow matching", "matched, 3 steps"]
+FLUX_RECIPES = ["plain flow matching", "rho 0.75", "matched, 3 steps"]
 FLOWS, STEPS, FLUX_STEPS = ("moons", "gaussians"), (3, 8, 16, 32), (3, 32)
 PLAIN, FLUX_PLAIN = 2000, 4000  # iterations of plain flow matching, batches of 1,024 and of 64
 HOW = bench.toy.FROM_SCRATCH | {"ema_warmup": False}  # the average remembers 20 iterations
