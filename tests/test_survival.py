@@ -297,7 +297,9 @@ gpu.main(sys.argv[1:])
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(backends, "_setup_privateuseone_for_python_backend"), reason="new")
+@pytest.mark.skipif(
+    not hasattr(backends, "_setup_privateuseone_for_python_backend"), reason="needs a newer PyTorch"
+)
 def test_the_branch_of_a_gpu_on_a_pretended_one(tmp_path):
     """No tensor of the CPU meets one of the GPU, from the cache to the self-check, in bfloat16."""
     (script := tmp_path / "gpu.py").write_text(MIXED.format(tests=os.path.dirname(__file__)))

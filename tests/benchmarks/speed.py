@@ -5,7 +5,7 @@ forward and backward. Trains with flux_distill.train itself, on random weights a
 takes the time within those calls and between the starts of steps. On a CPU: a Flux of 124 million
 parameters. On a CUDA device: FLUX.1-dev's own configuration, built there in bfloat16, with peak
 memory and the share of the rate of a large matrix product; then, at one size, compiled blocks and
-other attention kernels. Last, what sampling with the adapter takes, without text encoders and VAE.
+other attention kernels. First, what sampling with the adapter takes, without text encoders and VAE.
 """
 
 import argparse
@@ -205,15 +205,14 @@ def main() -> None:
           "million parameters")  # fmt: skip
     if on_gpu:
         print(f"bfloat16 matrix product: {peak / 1e12:.0f} TFLOP/s")
+    for pixels in sizes if "sampling" in parts else ():
+        print(f"{pixels} px, 3 steps, the latents of one picture: {sampling(pipe, pixels):.2f} s")
     if {"steps", "variants"} & {*parts}:
         print(f"| {' | '.join(HEADS)} |")
         print("|---" * len(HEADS) + "|")
     for pixels, batches in sizes.items() if "steps" in parts else ():
         for batch, checkpointing in itertools.product(batches, (True, False)):
             print(line_of(pipe, pixels, batch, checkpointing, args.iterations, peak), flush=True)
-    if "sampling" in parts:
-        seconds = {pixels: sampling(pipe, pixels) for pixels in sizes}
-        texts = [f"{pixels} px {s:.2f} s" for pixels, s in seconds.items()]
     if "variants" in parts:  # last, for blocks stay compiled
         case = (pipe, *BEST[device], True, args.iterations, peak)
         for kernel in KERNELS if on_gpu else ():
@@ -222,8 +221,6 @@ def main() -> None:
         pipe.transformer.set_attention_backend("native")
         pipe.transformer.compile_repeated_blocks()
         print(line_of(*case, "compiled blocks"), flush=True)
-    if "sampling" in parts:
-        print(f"3 steps of the sampler, the latents of one picture: {', '.join(texts)}")
 
 
 if __name__ == "__main__":
