@@ -3,18 +3,15 @@
 The paper's recipe (dual, its windows, rho 0.4) against ours (`for_steps(3)`), at scale 1 and at a
 scale found without data, over the course of training: on the 2-D flows (energy distance to fresh
 data, x 1e-4) and on the tiny Flux (RMSE of latents to 32 teacher steps, held-out captions). Calls
-are counted in whole batches: 5 an iteration, for either (3 for forward and backward, 2 for the
-targets); a scale adds those of its search once. The teacher's training is not counted.
+are counted for each sample: 5 times the batch in an iteration, for either recipe (3 for forward and
+backward, 2 for the targets); a scale adds those of its search once. The teacher's training is not
+counted.
 
-Both recipes have the same two settings, chosen by `--parts sweep` (seed 100, moons and gaussians):
-averages and rates in a grid of 28, then warm-up and schedule around GOOD. QUICK is the paper's
-quickest on moons and nearly ours; GOOD is slower, steadier, as low as any for ours. On gaussians
-the grid has settings in which the paper's recipe is 1.3 times quicker than in GOOD, or 1.25 times
-lower. On each line of a table the better of the two counts. Beside them stand the paper's recipe
-with the paper's averages, 0.99 / 0.999 (published), and ours with 0.95 / 0.99 (long averages):
-2 seeds, for they take the longest. All these memories are constant. Shipped: ours as toy_2d.py
-trains it, with averages whose memory grows. On the tiny Flux: both recipes with the averages of
-flux_distill.py, with a constant memory of a tenth of the run, and with that of GOOD.
+Both recipes have the same settings to choose from, SETTINGS; on each line of a table the best one
+counts. `--parts sweep` (seed 100, moons and gaussians) proposed them: averages and rates in a grid
+of 28, warm-up and schedule around GOOD, batches from 32 to 512. Beside them stand the paper's
+recipe with the paper's averages, 0.99 / 0.999 (published; 2 seeds, for it takes the longest) and
+ours as toy_2d.py trains it (shipped). On the tiny Flux: FLUX_SETTINGS.
 """
 
 import toy as bench  # isort: skip; tests/benchmarks/toy.py: it sets threads before torch starts
@@ -39,21 +36,23 @@ import torch
 import shortcut as sc
 import toy_2d as toy
 
-BATCH, LENGTH = 512, 4000  # rows, iterations of the 2-D flows
+LENGTH = 4000  # the most iterations of the 2-D flows
 SNAPSHOTS = sorted(round(LENGTH * 2 ** (-k / 3)) for k in range(31))  # 4 to 4,000
-CHECKPOINTS = (12, 25, 50, 75, 100, 150, 200, 300, 400)  # iterations on the tiny Flux
-CALLS = 5  # an iteration, for either recipe
+CHECKPOINTS = (12, 25, 50, 75, 100, 150, 200, 300, 400)  # iterations on the tiny Flux,
+LATER = (600, 800, 1000, 1200, 1600, 2000, 2400)  # and with the paper's averages
+CALLS = 5  # of a row in an iteration, for either recipe
 # Calls of 256 rows in toy.calibrate: lam* (16 fine steps and two velocities, three times), the
 # teacher's fine endpoints, 21 scales in 3 steps. On the tiny Flux of 32 rows: the same lam*, 32
-# fine steps, 10 scales. Both in batches of the training.
-SEARCH = (3 * 18 + toy.FINE_STEPS + 21 * 3) * 256 / BATCH
-FLUX_SEARCH = (3 * 18 + 32 + 10 * 3) * 32 / 64
+# fine steps, 10 scales.
+SEARCH = (3 * 18 + toy.FINE_STEPS + 21 * 3) * 256
+FLUX_SEARCH = (3 * 18 + 32 + 10 * 3) * 32
 RECIPES = {"paper": dict(teacher_ratio=0.4), "ours": bench.matched(3)}
 # Of the fast and the slow average; 0: the student itself.
 DECAYS = ((0.0, 0.5), (0.5, 0.8), (0.8, 0.9), (0.9, 0.95), (0.95, 0.99), (0.98, 0.995),
           (0.99, 0.999))  # fmt: skip
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-GRID = dict(warm_up=0, length=1000, constant=True)
+GRID = dict(batch=512, warm_up=0, length=1000, constant=True)
+BATCHES = (32, 64, 128, 256)  # beside 512
 REFERENCE = {"moons": (40, 20), "gaussians": (30, 10)}  # x 1e-4: to tell settings apart
 
 
@@ -84,11 +83,12 @@ def curve(world: bench.Bench, base, recipe: str, setting: dict, length: float) -
     snapshots = [i for i in SNAPSHOTS if i < last] + [last]
     fast, slow = setting["decays"]
     settings = RECIPES[recipe] | dict(fast_decay=fast, slow_decay=slow)
-    how = {"ema_warmup": setting.get("growing", False)}
+    how = {"ema_warmup": setting.get("growing", False), "batch": setting["batch"]}
     with patch.object(toy, "adam", partial(adam, setting)):
         nets = world.train(base, last, snapshots=snapshots, how=how, **settings)
     scaled = [world.calibrated(base, nets[i], 3) for i in snapshots]
     return {
+        "batch": setting["batch"],
         "iterations": snapshots,
         "scale 1": [world.error(nets[i], 3) for i in snapshots],
         "scaled": [s["error"] for s in scaled],
@@ -100,8 +100,8 @@ def label(setting: dict) -> str:
     fast, slow = setting["decays"]
     schedule = "constant" if setting["constant"] else "decayed"
     fast = "growing up to " * setting.get("growing", False) + str(fast)
-    return (f"{fast}/{slow}, rate {setting['rate']:g}, warm-up {setting['warm_up']},"
-            f" {setting['length']} iterations, {schedule}")  # fmt: skip
+    return (f"{fast}/{slow}, batch {setting['batch']}, rate {setting['rate']:g}, warm-up"
+            f" {setting['warm_up']}, {setting['length']} iterations, {schedule}")  # fmt: skip
 
 
 def grid() -> list[dict]:
@@ -112,6 +112,13 @@ def around(setting: dict) -> list[dict]:
     """Other warm-ups of a setting, and decays to zero over runs of several lengths."""
     warm = [setting | dict(warm_up=w) for w in (0, 25, 100, 400)]
     return warm + [setting | dict(length=n) for n in (125, 250, 500, 2000)]
+
+
+def batches() -> list[dict]:
+    """Other batches, at three rates, with quick averages, with those of GOOD and with growing."""
+    averages = (QUICK["decays"], False), (GOOD["decays"], False), (SHIPPED["decays"], True)
+    tries = product(averages, BATCHES, RATES[1:])
+    return [GRID | dict(decays=d, growing=g, batch=b, rate=r) for (d, g), b, r in tries]
 
 
 def cost(run: dict, column: str, level: float, search: float = SEARCH) -> float:
@@ -125,11 +132,11 @@ def cost(run: dict, column: str, level: float, search: float = SEARCH) -> float:
     if k and error[k] < level:
         part = np.log(error[k - 1] / level) / np.log(error[k - 1] / error[k])
         at = i[k - 1] * (i[k] / i[k - 1]) ** part
-    return CALLS * at + (search if column == "scaled" else 0)
+    return CALLS * run["batch"] * at + (search if column == "scaled" else 0)
 
 
 def sweep(out: Path, flow: str, recipe: str, length: float) -> list[tuple[dict, dict]]:
-    """(setting, curve) of the grid, then around GOOD."""
+    """(setting, curve) of the grid, around GOOD, then of other batches."""
     torch.set_num_threads(1)
     world = bench.Bench(flow, 100)
     base = cache(lambda: toy.train_teacher(world.data, max(2, round(2000 * length)), 100))
@@ -138,8 +145,7 @@ def sweep(out: Path, flow: str, recipe: str, length: float) -> list[tuple[dict, 
         name = f"sweep {flow} {recipe} {label(setting)}".replace(" ", "-").replace("/", "-")
         return kept(out, name, lambda: curve(world, base(), recipe, setting, length))
 
-    found = [(setting, run(setting)) for setting in grid()]
-    return found + [(setting, run(setting)) for setting in around(GOOD)]
+    return [(setting, run(setting)) for setting in (*grid(), *around(GOOD), *batches())]
 
 
 def headline(out: Path, flow: str, seed: int, length: float) -> dict:
@@ -148,9 +154,11 @@ def headline(out: Path, flow: str, seed: int, length: float) -> dict:
     world = bench.Bench(flow, seed)
     base = cache(lambda: toy.train_teacher(world.data, max(2, round(2000 * length)), seed))
     runs = {column: [] for column in (*RECIPES, *FIXED)}
-    todo = [(r, r, setting) for r in RECIPES for setting in BEST[r]]
-    todo += [(column, *fixed) for column, fixed in FIXED.items() if seed < FIXED_SEEDS[column]]
+    todo = [(r, r, setting) for r in RECIPES for setting in SETTINGS]
+    todo += [(c, r, setting) for c, (r, *more) in FIXED.items() for setting in more]
     for column, recipe, setting in todo:
+        if column == "published" and seed >= PUBLISHED_SEEDS:
+            continue
         name = f"flow {flow} {seed} {recipe} {label(setting)}".replace(" ", "-").replace("/", "-")
         measure = lambda r=recipe, s=setting: curve(world, base(), r, s, length)  # noqa: E731
         runs[column].append(kept(out, name, measure))
@@ -158,48 +166,63 @@ def headline(out: Path, flow: str, seed: int, length: float) -> dict:
     return runs | {"teacher": kept(out, f"teacher-{flow}-{seed}", teacher)}
 
 
-QUICK = dict(decays=(0.0, 0.5), rate=2e-3, warm_up=0, length=500, constant=True)
-GOOD = dict(decays=(0.8, 0.9), rate=2e-3, warm_up=0, length=1000, constant=False)
-BEST = {"paper": (QUICK, GOOD), "ours": (QUICK, GOOD)}  # chosen by the sweep
-FIXED = {  # the paper's averages, at its best within these iterations; long ones; toy_2d.py's
-    "published": ("paper", dict(GRID, decays=(0.99, 0.999), rate=1e-3, length=2520)),
-    "long averages": ("ours", dict(GOOD, decays=(0.95, 0.99), rate=1e-3, warm_up=100, length=2000)),
-    "shipped": ("ours", dict(GOOD, decays=(0.99, 0.999), growing=True)),
+QUICK = dict(GRID, decays=(0.0, 0.5), rate=2e-3)
+GOOD = dict(GRID, decays=(0.8, 0.9), rate=2e-3, constant=False)
+SHIPPED = dict(GOOD, decays=(0.99, 0.999), growing=True)
+LONG = dict(length=2000, constant=False)
+SETTINGS = [
+    QUICK,
+    GOOD,
+    QUICK | LONG | dict(batch=32, rate=4e-3),
+    GOOD | LONG | dict(batch=32, rate=1e-3),
+    GOOD | LONG | dict(batch=64),
+    SHIPPED | LONG | dict(batch=64),
+    SHIPPED | LONG | dict(batch=128, rate=4e-3),
+]
+# The paper's averages, with two batches, at their best within these iterations; toy_2d.py's.
+PUBLISHED = dict(GRID, decays=(0.99, 0.999), rate=1e-3, length=2520)
+FIXED = {
+    "published": ("paper", PUBLISHED, PUBLISHED | dict(batch=64)),
+    "shipped": ("ours", SHIPPED),
 }
-FIXED_SEEDS = {"published": 2, "long averages": 2, "shipped": 5}  # the first two take the longest
+PUBLISHED_SEEDS = 2
 
 
 # -------------------------------------------------------------------------------------- tiny Flux
 
 
-# Averages: growing, as shipped; of a constant memory of a tenth of 400 iterations; quick ones.
-FLUX_DECAYS = {"growing, as shipped": None, "0.875/0.975": (0.875, 0.975), "0.8/0.9": (0.8, 0.9)}
-# A run of 400 iterations is left where the paper's recipe is past its best, and ours with quick
-# averages no longer gains.
-FLUX_ENDS = {("paper", d): 200 for d in FLUX_DECAYS.values()}
-FLUX_ENDS |= {("paper", (0.8, 0.9)): 100, ("ours", (0.8, 0.9)): 200}
+FLUX_SETTINGS = {
+    "growing averages, as shipped, batch 64": dict(batch=64, ends=(200, 400)),
+    "growing averages, batch 32": dict(batch=32, ends=(200, 400)),
+    "growing averages, batch 16": dict(batch=16, ends=(200, 400)),
+    "growing averages, batch 8": dict(batch=8, ends=(200, 400)),
+    "averages 0.8/0.9, batch 64": dict(batch=64, decays=(0.8, 0.9), ends=(100, 200)),
+    "averages 0.875/0.975, batch 64": dict(batch=64, decays=(0.875, 0.975), ends=(200, 400)),
+}  # ends of the paper's recipe, when it is past its best, and of ours
+FLUX_PUBLISHED = dict(batch=8, decays=(0.99, 0.999), ends=(LATER[-1], 0))
 
 
 class Enough(Exception):
     """The last checkpoint that counts is reached."""
 
 
-def flux_run(out: Path, recipe: str, seed: int, length: float, decays=None, rate=1e-3) -> dict:
+def flux_run(out: Path, recipe: str, seed: int, length: float, setting: dict) -> dict:
     """3-step RMSE on held-out captions at the checkpoints of one distillation."""
-    name = f"flux-{recipe}-{seed}-{rate:g}" + (f"-{decays[0]}-{decays[1]}" if decays else "")
-    return kept(out, name, lambda: distil(recipe, seed, length, decays, rate))
+    decays = setting.get("decays", ("growing",))
+    name = "-".join(map(str, ["flux", recipe, seed, setting["batch"], *decays]))
+    return kept(out, name, lambda: distil(recipe, seed, length, **setting))
 
 
-def distil(recipe: str, seed: int, length: float, decays, rate: float) -> dict:
+def distil(recipe: str, seed: int, length: float, batch: int, ends, decays=None) -> dict:
     import flux as demo  # tests/benchmarks/flux.py
 
     fd = demo.fd
     torch.set_num_threads(1)
-    last = max(10, round(CHECKPOINTS[-1] * length))
-    end = FLUX_ENDS.get((recipe, decays), CHECKPOINTS[-1])
-    points = [max(1, round(i * last / CHECKPOINTS[-1])) for i in CHECKPOINTS if i <= end]
+    points = [i for i in CHECKPOINTS + LATER if i <= ends[recipe == "ours"]]
+    points = sorted({max(1, round(i * length)) for i in points})
+    last = points[-1]
     with tempfile.TemporaryDirectory() as folder, patch.object(fd, "STEPS", (3,)):
-        words = [*demo.DEMO.split(), "--learning-rate", rate, "--iterations", last, "--seed", seed,
+        words = [*demo.DEMO.split(), "--batch", batch, "--iterations", last, "--seed", seed,
                  "--validate-every", last, "--checkpoint-every", last, "--model", demo.TINY,
                  "--prompts", demo.TINY / "prompts.txt", "--out", folder,
                  "--limit", 0 if length >= 1 else 20]  # fmt: skip
@@ -213,12 +236,13 @@ def distil(recipe: str, seed: int, length: float, decays, rate: float) -> dict:
             update_ema(ema, weights, decay, math.inf if decays else iteration)
             if iteration in points:
                 weights_at[iteration] = [w.detach().clone() for w in weights]
-            if iteration == points[-1]:
+            if iteration == last:
                 raise Enough
 
         with patch.object(fd.sc, "update_ema", watch), suppress(Enough):
             fd.distil(args)
-        return evaluate(fd, args, weights_at)
+        args.batch = 64  # samples at a time
+        return {"batch": batch} | evaluate(fd, args, weights_at)
 
 
 @torch.no_grad()
@@ -246,13 +270,13 @@ def evaluate(fd, args, weights_at: dict[int, list]) -> dict:
 
 
 def cell(values) -> str:
-    """Geometric mean of the calls over the seeds that reached the level, and how many did."""
+    """Thousand calls over the seeds that reached the level (geometric mean), and how many did."""
     values = np.array(values)
     reached = values[np.isfinite(values)]
     if not len(reached):
         return "never"
     some = "" if len(reached) == len(values) else f" ({len(reached)} of {len(values)})"
-    return f"{np.exp(np.log(reached).mean()):,.0f}{some}"
+    return f"{np.exp(np.log(reached).mean()) / 1000:,.1f}{some}"
 
 
 def compared(paper, ours) -> str:
@@ -267,33 +291,27 @@ def level_rows(runs: list[dict], levels: dict[str, list[float]], show, search: f
     """A line a level: its value, calls of each recipe at either scale, the paper's over ours.
 
     A run has a list of curves for each recipe: on each line that setting counts which reaches the
-    level with more seeds, then in fewer calls.
+    level with more seeds, then in fewer calls; its batch stands beside the calls.
     """
-    columns = list(product(RECIPES, ("scale 1", "scaled")))
-    fixed = list(product(FIXED, ("scale 1", "scaled")))
-    fixed *= "published" in runs[0]
-    names = [*(f"{r}, {c}" for r, c in fixed + columns), "paper / ours, scale 1", "both scaled"]
-    names += ["published / shipped, scale 1"] * bool(fixed)
+    recipes = [r for r in (*FIXED, *RECIPES) if r in runs[0]]
+    columns = list(product(recipes, ("scale 1", "scaled")))
+    names = [*(f"{r}, {c}" for r, c in columns), "paper / ours, scale 1", "both scaled"]
+    names += ["published / ours, scale 1"] * ("published" in recipes)
     yield "| level of the 3-step error | value | " + " | ".join(names) + " |"
     yield "|---" * (len(names) + 2) + "|"
     for name, values in levels.items():
-
-        def best(recipe, column, values=values):
+        calls, cells = {}, [name, show(values)]
+        for recipe, column in columns:
+            some = [(run[recipe], x) for run, x in zip(runs, values) if run[recipe]]
             tries = [
-                [
-                    cost(run[recipe][k], column, x, search)
-                    for run, x in zip(runs, values)
-                    if run[recipe]
-                ]
-                for k in range(len(runs[0][recipe]))
+                ([cost(curves[k], column, x, search) for curves, x in some], some[0][0][k]["batch"])
+                for k in range(len(some[0][0]))
             ]
-            return min(tries, key=lambda row: (np.isinf(row).sum(), np.mean(row)))
-
-        calls = {key: best(*key) for key in fixed + columns}
-        cells = [name, show(values), *map(cell, calls.values())]
-        cells += [compared(calls["paper", c], calls["ours", c]) for c in ("scale 1", "scaled")]
-        if fixed:
-            cells.append(compared(calls["published", "scale 1"], calls["shipped", "scale 1"]))
+            row, batch = min(tries, key=lambda t: (np.isinf(t[0]).sum(), np.mean(t[0])))
+            calls[recipe, column] = row
+            cells.append(cell(row) + f", batch {batch}" * bool(np.isfinite(row).any()))
+        pairs = [("paper", "scale 1"), ("paper", "scaled"), ("published", "scale 1")]
+        cells += [compared(calls[r, c], calls["ours", c]) for r, c in pairs if r in recipes]
         yield "| " + " | ".join(cells) + " |"
 
 
@@ -317,11 +335,9 @@ def flow_tables(out: Path, flows: list[str], seeds: int, length: float) -> list[
         levels |= {
             f"teacher, {n} steps": [run["teacher"][str(n)] for run in runs] for n in (16, 24, 32)
         }
-        told = {
-            (r, c): least(runs, r, c) for r in (*RECIPES, *FIXED) for c in ("scale 1", "scaled")
-        }
-        told = ", ".join(f"{r} {c} {bench.show(v)}" for (r, c), v in told.items())
-        ends = bench.show([run["ours"][1]["scale 1"][-1] for run in runs])
+        told = product((*RECIPES, *FIXED), ("scale 1", "scaled"))
+        told = ", ".join(f"{r} {c} {bench.show(least(runs, r, c))}" for r, c in told)
+        ends = bench.show([run["ours"][SETTINGS.index(GOOD)]["scale 1"][-1] for run in runs])
         lines += ["", f"**{flow}**, {seeds} seeds; least error of a run: {told}; at the end of our"]
         lines[-1] += f" {GOOD['length']} iterations of GOOD: {ends}"
         lines += [""]
@@ -353,27 +369,33 @@ def sweep_table(out: Path, length: float) -> list[str]:
 
 def flux_tables(out: Path, seeds: int, length: float) -> list[str]:
     digits = lambda values: "{:.3f} ± {:.3f}".format(*bench.interval(values))  # noqa: E731
-    lines = []
-    for title, decays in FLUX_DECAYS.items():
-        runs = [{r: [flux_run(out, r, s, length, decays)] for r in RECIPES} for s in range(seeds)]
-        best = {(r, c): least(runs, r, c) for r in RECIPES for c in ("scale 1", "scaled")}
-        levels = {
-            "1.1 x the paper's least": [1.1 * x for x in best["paper", "scale 1"]],
-            "the paper's least": best["paper", "scale 1"],
-            "the paper's least, scaled": best["paper", "scaled"],
-        }
-        for n in (4, 6, 8, 9):
-            levels[f"teacher, {n} steps"] = [run["ours"][0]["teacher"][str(n)] for run in runs]
-        lines += ["", f"**tiny Flux**, averages {title}, {seeds} seeds", ""]
-        lines += ["| iterations | " + " | ".join(map(str, CHECKPOINTS)) + " |"]
-        lines += ["|---" * (len(CHECKPOINTS) + 1) + "|"]
-        for r, c in best:
-            at = [dict(zip(run[r][0]["iterations"], run[r][0][c])) for run in runs]
-            cells = [
-                digits([x[i] for x in at]) if all(i in x for x in at) else "" for i in CHECKPOINTS
-            ]
+    run = lambda recipe, seed, setting: flux_run(out, recipe, seed, length, setting)  # noqa: E731
+    runs = [
+        {r: [run(r, seed, some) for some in FLUX_SETTINGS.values()] for r in RECIPES}
+        | {"published": [run("paper", seed, FLUX_PUBLISHED)]}
+        for seed in range(seeds)
+    ]
+    best = {(r, c): least(runs, r, c) for r in RECIPES for c in ("scale 1", "scaled")}
+    levels = {
+        "1.1 x the paper's least": [1.1 * x for x in best["paper", "scale 1"]],
+        "the paper's least": best["paper", "scale 1"],
+        "the paper's least, scaled": best["paper", "scaled"],
+    }
+    for n in (4, 6, 8, 9):
+        levels[f"teacher, {n} steps"] = [run["ours"][0]["teacher"][str(n)] for run in runs]
+    told = product((*RECIPES, "published"), ("scale 1", "scaled"))
+    told = ", ".join(f"{r} {c} {digits(least(runs, r, c))}" for r, c in told)
+    lines = ["", f"**tiny Flux**, {seeds} seeds; least error of a run: {told}", ""]
+    lines += level_rows(runs, levels, digits, FLUX_SEARCH)
+    for k, title in enumerate([*FLUX_SETTINGS, "published"]):
+        names, row = (RECIPES, k) if title in FLUX_SETTINGS else (("published",), 0)
+        points = max((run[r][row]["iterations"] for run in runs for r in names), key=len)
+        lines += ["", f"| {title}; iterations | " + " | ".join(map(str, points)) + " |"]
+        lines += ["|---" * (len(points) + 1) + "|"]
+        for r, c in product(names, ("scale 1", "scaled")):
+            at = [dict(zip(run[r][row]["iterations"], run[r][row][c])) for run in runs]
+            cells = [digits([x[i] for x in at]) if i in at[0] else "" for i in points]
             lines.append(f"| {r}, {c} | " + " | ".join(cells) + " |")
-        lines += ["", *level_rows(runs, levels, digits, FLUX_SEARCH)]
     return lines
 
 
@@ -392,8 +414,9 @@ def main() -> None:
         out, jobs, lines = args.out or Path(scratch), [], []
         out.mkdir(parents=True, exist_ok=True)
         if "flux" in args.parts:
-            todo = product(range(args.flux_seeds), FLUX_DECAYS.values(), RECIPES)
-            jobs += [pool.submit(flux_run, out, r, s, args.length, d) for s, d, r in todo]
+            todo = [(r, some) for r in RECIPES for some in FLUX_SETTINGS.values()]
+            todo = product(range(args.flux_seeds), [*todo, ("paper", FLUX_PUBLISHED)])
+            jobs += [pool.submit(flux_run, out, r, s, args.length, some) for s, (r, some) in todo]
         if "sweep" in args.parts:
             todo = product(REFERENCE, RECIPES)
             jobs += [pool.submit(sweep, out, flow, recipe, args.length) for flow, recipe in todo]
