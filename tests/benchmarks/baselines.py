@@ -373,6 +373,30 @@ def flux_errors(tiny: TinyFlux, method: str, settings: dict, purpose: str) -> di
     return tiny.distances(nets, purpose)
 
 
+def flux_grid(method: str) -> list[dict]:
+    """What is tried for a method on the tiny Flux: rates, with ladders or shares, then the rest."""
+    rates, best = (5e-4, 1e-3, 2e-3), FLUX[method]
+    if method == "down to 3":
+        ladders = (DOWN_TO_3[1:], DOWN_TO_3, (48, *DOWN_TO_3))
+        tries = [dict(ladder=ladder, rate=rate) for ladder, rate in product(ladders, rates)]
+        tries += [dict(ladder=ladder, growth=2.0) for ladder in ladders[1:]]
+    else:
+        tries = [dict(rate=rate, share=share) for rate, share in product(rates, (0.25, 0.5))]
+        tries += [{"decay": 0.8}, {"decay": 0.99}, {"finest": 16}]
+    return [best | one for one in tries]
+
+
+def tune_flux(out: Path, seed: int, length: float) -> dict:
+    """Errors of all settings in `flux_grid` on the validation captions, for one seed."""
+    torch.set_num_threads(1)
+    tiny, tried = TinyFlux(out / f"tune-{seed}", seed, length), []
+    for method in FLUX:
+        for settings in flux_grid(method):
+            found = flux_errors(tiny, method, settings, "validation")
+            tried.append({"method": method, "settings": settings, "errors": found})
+    return {"flow": "flux", "seed": seed, "tried": tried}
+
+
 def measure_flux(out: Path, seed: int, length: float) -> dict:
     """Errors of every method on the tiny Flux, for one seed; ours by flux.py, kept in `out`."""
     torch.set_num_threads(1)
@@ -448,14 +472,19 @@ def markdown(runs: list[dict]) -> str:
 
 
 def tuning(runs: list[dict]) -> str:
-    """Errors x 1e-4 of what was tried, at all step counts that a method has, in this order."""
+    """Errors of what was tried, at all step counts that a method has, in this order.
+
+    On the flows x 1e-4.
+    """
     lines, cells = ["| method | setting | " + " | ".join(run["flow"] for run in runs) + " |"], {}
     lines += ["|---" * (2 + len(runs)) + "|"]
     for flow, tried in [(run["flow"], tried) for run in runs for tried in run["tried"]]:
         found = sorted((int(n), error) for n, error in tried["errors"].items())
         setting = ", ".join(f"{name} {value}" for name, value in tried["settings"].items())
         row = cells.setdefault((tried["method"], setting), {})
-        row[flow] = " / ".join(f"{1e4 * error:.1f}" for _, error in found)
+        form = "{:.3f}" if flow == "flux" else "{:.1f}"
+        by = 1 if flow == "flux" else 1e4
+        row[flow] = " / ".join(form.format(by * error) for _, error in found)
     for key, row in cells.items():
         lines.append(f"| {' | '.join([*key, *(row.get(run['flow'], '') for run in runs)])} |")
     return "\n".join(lines)
@@ -470,7 +499,7 @@ def main() -> None:
     parser.add_argument("--length", type=float, default=1.0, help="scales all trainings (1)")
     parser.add_argument("--raw", type=Path, help="file of the numbers: read what it has, add to it")
     parser.add_argument("--out", type=Path, help="keep ours on the tiny Flux here, and go on in it")
-    parser.add_argument("--tune", action="store_true", help="of the flows: settings, on seed 100")
+    parser.add_argument("--tune", action="store_true", help="settings of the others, on seed 100")
     args = parser.parse_args()
     runs = json.loads(args.raw.read_text()) if args.raw and args.raw.exists() else []
     done = {(run["flow"], run["seed"]) for run in runs}
@@ -482,8 +511,9 @@ def main() -> None:
             if on in toy_2d.FLOWS:
                 task = tune if args.tune else measure
                 futures.append(pool.submit(task, on, seed, args.length))
-            elif seed < 3:
-                futures.append(pool.submit(measure_flux, out, seed, args.length))
+            elif seed < 3 or args.tune:
+                task = tune_flux if args.tune else measure_flux
+                futures.append(pool.submit(task, out, seed, args.length))
         for future in as_completed(futures):
             runs.append(json.loads(json.dumps(future.result())))
             if args.raw:
