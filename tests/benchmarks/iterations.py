@@ -173,7 +173,10 @@ LONG = dict(length=2000, constant=False)
 SETTINGS = [
     QUICK,
     GOOD,
+    QUICK | dict(batch=256),
+    QUICK | LONG | dict(batch=128),
     QUICK | LONG | dict(batch=32, rate=4e-3),
+    GOOD | LONG | dict(batch=128),
     GOOD | LONG | dict(batch=32, rate=1e-3),
     GOOD | LONG | dict(batch=64),
     SHIPPED | LONG | dict(batch=64),
@@ -198,6 +201,8 @@ FLUX_SETTINGS = {
     "growing averages, batch 8": dict(batch=8, ends=(200, 400)),
     "averages 0.8/0.9, batch 64": dict(batch=64, decays=(0.8, 0.9), ends=(100, 200)),
     "averages 0.875/0.975, batch 64": dict(batch=64, decays=(0.875, 0.975), ends=(200, 400)),
+    "averages 0.8/0.9, batch 32": dict(batch=32, decays=(0.8, 0.9), ends=(100, 200)),
+    "averages 0.875/0.975, batch 32": dict(batch=32, decays=(0.875, 0.975), ends=(200, 400)),
 }  # ends of the paper's recipe, when it is past its best, and of ours
 FLUX_PUBLISHED = dict(batch=8, decays=(0.99, 0.999), ends=(LATER[-1], 0))
 
