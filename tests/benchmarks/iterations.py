@@ -148,14 +148,14 @@ def sweep(out: Path, flow: str, recipe: str, length: float) -> list[tuple[dict, 
     return [(setting, run(setting)) for setting in (*grid(), *around(GOOD), *batches())]
 
 
-def headline(out: Path, flow: str, seed: int, length: float) -> dict:
+def headline(out: Path, flow: str, seed: int, length: float, count: int | None = None) -> dict:
     """Curves of both recipes at their settings, and the teacher's errors, for a flow and seed."""
     torch.set_num_threads(1)
     world = bench.Bench(flow, seed)
     base = cache(lambda: toy.train_teacher(world.data, max(2, round(2000 * length)), seed))
     runs = {column: [] for column in (*RECIPES, *FIXED)}
-    todo = [(r, r, setting) for r in RECIPES for setting in SETTINGS]
-    todo += [(c, r, setting) for c, (r, *more) in FIXED.items() for setting in more]
+    todo = [(r, r, setting) for r in RECIPES for setting in SETTINGS[:count]]
+    todo += [(c, r, setting) for c, (r, *more) in FIXED.items() for setting in more[:count]]
     for column, recipe, setting in todo:
         if column == "published" and seed >= PUBLISHED_SEEDS:
             continue
@@ -327,10 +327,10 @@ def least(runs: list[dict], recipe: str, column: str) -> list[float]:
     return min(tries, key=np.mean)
 
 
-def flow_tables(out: Path, flows: list[str], seeds: int, length: float) -> list[str]:
+def flow_tables(out: Path, flows: list[str], seeds: int, length: float, count) -> list[str]:
     lines = []
     for flow in flows:
-        runs = [headline(out, flow, seed, length) for seed in range(seeds)]
+        runs = [headline(out, flow, seed, length, count) for seed in range(seeds)]
         best = {(r, c): least(runs, r, c) for r in RECIPES for c in ("scale 1", "scaled")}
         levels = {
             "twice the paper's least": [2 * x for x in best["paper", "scale 1"]],
@@ -357,12 +357,13 @@ def sweep_table(out: Path, length: float) -> list[str]:
         for flow, (a, b) in REFERENCE.items()
         for what in ("least", "least, scaled", f"calls to {a}", f"to {b}", f"to {b}, scaled")
     ]
+    usual = ", warm-up 0, 1000 iterations, constant"  # GRID; not said again on each line
     lines = ["", "| recipe | fast/slow average, ... | " + " | ".join(names) + " |"]
     lines += ["|---" * (len(names) + 2) + "|"]
     for recipe in RECIPES:
         found = [sweep(out, flow, recipe, length) for flow in REFERENCE]
         for runs in zip(*found):
-            cells = [recipe, label(runs[0][0])]
+            cells = [recipe, label(runs[0][0]).replace(usual, "")]
             for (_, run), levels in zip(runs, REFERENCE.values()):
                 a, b = (1e-4 * level for level in levels)
                 cells += [f"{1e4 * min(run[c]):.1f}" for c in ("scale 1", "scaled")]
@@ -372,11 +373,12 @@ def sweep_table(out: Path, length: float) -> list[str]:
     return lines
 
 
-def flux_tables(out: Path, seeds: int, length: float) -> list[str]:
+def flux_tables(out: Path, seeds: int, length: float, count: int | None) -> list[str]:
     digits = lambda values: "{:.3f} ± {:.3f}".format(*bench.interval(values))  # noqa: E731
     run = lambda recipe, seed, setting: flux_run(out, recipe, seed, length, setting)  # noqa: E731
+    settings = dict([*FLUX_SETTINGS.items()][:count])
     runs = [
-        {r: [run(r, seed, some) for some in FLUX_SETTINGS.values()] for r in RECIPES}
+        {r: [run(r, seed, some) for some in settings.values()] for r in RECIPES}
         | {"published": [run("paper", seed, FLUX_PUBLISHED)]}
         for seed in range(seeds)
     ]
@@ -392,8 +394,8 @@ def flux_tables(out: Path, seeds: int, length: float) -> list[str]:
     told = ", ".join(f"{r} {c} {digits(least(runs, r, c))}" for r, c in told)
     lines = ["", f"**tiny Flux**, {seeds} seeds; least error of a run: {told}", ""]
     lines += level_rows(runs, levels, digits, FLUX_SEARCH)
-    for k, title in enumerate([*FLUX_SETTINGS, "published"]):
-        names, row = (RECIPES, k) if title in FLUX_SETTINGS else (("published",), 0)
+    for k, title in enumerate([*settings, "published"]):
+        names, row = (RECIPES, k) if title in settings else (("published",), 0)
         points = max((run[r][row]["iterations"] for run in runs for r in names), key=len)
         lines += ["", f"| {title}; iterations | " + " | ".join(map(str, points)) + " |"]
         lines += ["|---" * (len(points) + 1) + "|"]
@@ -413,13 +415,15 @@ def main() -> None:
     parser.add_argument("--flux-seeds", type=int, default=3, help="of the tiny Flux (3)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes of one thread")
     parser.add_argument("--length", type=float, default=1.0, help="scales all trainings (1)")
+    parser.add_argument("--settings", type=int, help="only the first so many of each recipe (all)")
     parser.add_argument("--out", type=Path, help="keep the runs in this folder, and go on in it")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(args.jobs) as pool:
         out, jobs, lines = args.out or Path(scratch), [], []
         out.mkdir(parents=True, exist_ok=True)
         if "flux" in args.parts:
-            todo = [(r, some) for r in RECIPES for some in FLUX_SETTINGS.values()]
+            some = [*FLUX_SETTINGS.values()][: args.settings]
+            todo = list(product(RECIPES, some))
             todo = product(range(args.flux_seeds), [*todo, ("paper", FLUX_PUBLISHED)])
             jobs += [pool.submit(flux_run, out, r, s, args.length, some) for s, (r, some) in todo]
         if "sweep" in args.parts:
@@ -427,13 +431,15 @@ def main() -> None:
             jobs += [pool.submit(sweep, out, flow, recipe, args.length) for flow, recipe in todo]
         if "flows" in args.parts:
             todo = product(range(args.seeds), args.flows)
-            jobs += [pool.submit(headline, out, flow, s, args.length) for s, flow in todo]
+            jobs += [
+                pool.submit(headline, out, flow, s, args.length, args.settings) for s, flow in todo
+            ]
         for job in jobs:
             job.result()
         if "flows" in args.parts:
-            lines += flow_tables(out, args.flows, args.seeds, args.length)
+            lines += flow_tables(out, args.flows, args.seeds, args.length, args.settings)
         if "flux" in args.parts:
-            lines += flux_tables(out, args.flux_seeds, args.length)
+            lines += flux_tables(out, args.flux_seeds, args.length, args.settings)
         if "sweep" in args.parts:
             lines += sweep_table(out, args.length)
     print("\n".join(lines))
