@@ -482,9 +482,8 @@ def tuning(runs: list[dict]) -> str:
         found = sorted((int(n), error) for n, error in tried["errors"].items())
         setting = ", ".join(f"{name} {value}" for name, value in tried["settings"].items())
         row = cells.setdefault((tried["method"], setting), {})
-        form = "{:.3f}" if flow == "flux" else "{:.1f}"
-        by = 1 if flow == "flux" else 1e4
-        row[flow] = " / ".join(form.format(by * error) for _, error in found)
+        show = "{:.3f}".format if flow == "flux" else lambda error: f"{1e4 * error:.1f}"
+        row[flow] = " / ".join(show(error) for _, error in found)
     for key, row in cells.items():
         lines.append(f"| {' | '.join([*key, *(row.get(run['flow'], '') for run in runs)])} |")
     return "\n".join(lines)

@@ -327,10 +327,29 @@ def least(runs: list[dict], recipe: str, column: str) -> list[float]:
     return min(tries, key=np.mean)
 
 
-def flow_tables(out: Path, flows: list[str], seeds: int, length: float, count) -> list[str]:
-    lines = []
+def setting_rows(groups: dict[str, list[dict]]):
+    """A line a setting: for each flow ours at its end, its least error and the paper's, scale 1."""
+    names = [
+        f"{flow}: {c}" for flow in groups for c in ("ours, last", "ours, least", "paper, least")
+    ]
+    yield "| fast/slow average, ... | " + " | ".join(names) + " |"
+    yield "|---" * (len(names) + 1) + "|"
+    for k, setting in enumerate(SETTINGS[: len(next(iter(groups.values()))[0]["ours"])]):
+        cells = [label(setting)]
+        for runs in groups.values():
+            ours, paper = ([run[r][k]["scale 1"] for run in runs] for r in ("ours", "paper"))
+            errors = [x[-1] for x in ours], [min(x) for x in ours], [min(x) for x in paper]
+            cells += [f"{1e4 * np.mean(x):.1f}" for x in errors]
+        yield "| " + " | ".join(cells) + " |"
+
+
+def flow_tables(
+    out: Path, flows: list[str], seeds: int, length: float, count: int | None
+) -> list[str]:
+    lines, groups = [], {}
     for flow in flows:
         runs = [headline(out, flow, seed, length, count) for seed in range(seeds)]
+        groups[flow] = runs
         best = {(r, c): least(runs, r, c) for r in RECIPES for c in ("scale 1", "scaled")}
         levels = {
             "twice the paper's least": [2 * x for x in best["paper", "scale 1"]],
@@ -342,12 +361,9 @@ def flow_tables(out: Path, flows: list[str], seeds: int, length: float, count) -
         }
         told = product((*RECIPES, *FIXED), ("scale 1", "scaled"))
         told = ", ".join(f"{r} {c} {bench.show(least(runs, r, c))}" for r, c in told)
-        ends = bench.show([run["ours"][SETTINGS.index(GOOD)]["scale 1"][-1] for run in runs])
-        lines += ["", f"**{flow}**, {seeds} seeds; least error of a run: {told}; at the end of our"]
-        lines[-1] += f" {GOOD['length']} iterations of GOOD: {ends}"
-        lines += [""]
+        lines += ["", f"**{flow}**, {seeds} seeds; least error of a run: {told}", ""]
         lines += level_rows(runs, levels, bench.show, SEARCH)
-    return lines
+    return [*lines, "", *setting_rows(groups)]
 
 
 def sweep_table(out: Path, length: float) -> list[str]:
@@ -422,9 +438,8 @@ def main() -> None:
         out, jobs, lines = args.out or Path(scratch), [], []
         out.mkdir(parents=True, exist_ok=True)
         if "flux" in args.parts:
-            some = [*FLUX_SETTINGS.values()][: args.settings]
-            todo = list(product(RECIPES, some))
-            todo = product(range(args.flux_seeds), [*todo, ("paper", FLUX_PUBLISHED)])
+            kinds = [*product(RECIPES, [*FLUX_SETTINGS.values()][: args.settings])]
+            todo = product(range(args.flux_seeds), [*kinds, ("paper", FLUX_PUBLISHED)])
             jobs += [pool.submit(flux_run, out, r, s, args.length, some) for s, (r, some) in todo]
         if "sweep" in args.parts:
             todo = product(REFERENCE, RECIPES)
