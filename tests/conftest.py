@@ -33,3 +33,21 @@ def pytest_collection_modifyitems(config, items):
     for item in items if not config.getoption("--slow") else ():
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="runs with --slow"))
+
+
+@pytest.fixture(scope="session")
+def done(tmp_path_factory):
+    """The folder of a finished run. Tests do not write to it."""
+    from tiny_runs import run
+
+    out = tmp_path_factory.mktemp("done") / "out"
+    run(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def args(tmp_path_factory):
+    """Settings of a short run, its cache made."""
+    from tiny_runs import prepared
+
+    return prepared(tmp_path_factory.mktemp("args") / "out")

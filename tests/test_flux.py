@@ -17,65 +17,27 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-import flux_distill as fd
+from tiny_runs import (
+    SHIPPED,
+    SMALL,
+    TINY,
+    content,
+    copied,
+    edited,
+    fd,
+    picture,
+    prepared,
+    run,
+    same_run,
+    says,
+    train,
+)
+
 import shortcut as sc
-
-SHIPPED = fd.FINE, fd.STEPS
-fd.FINE, fd.STEPS = 8, (2, 3)  # quicker
-TINY = Path(__file__).parent / "tiny_flux"
-SMALL = f"""--model {TINY} --prompts {TINY / "prompts.txt"} --resolution 32 --iterations 4 --batch 4
-    --rank 4 --learning-rate 1e-3 --held-out 3 --noises 2 --limit 6 --validate-every 2
-    --checkpoint-every 2"""
-
-
-def run(out, *more):
-    fd.main([*SMALL.split(), "--out", str(out), *map(str, more)])
-
-
-def prepared(out, *more) -> Namespace:
-    """Settings as main prepares them, with the cache made."""
-    args = fd.parse([*SMALL.split(), "--out", str(out), *map(str, more)])
-    fd.prepare(args)
-    fd.make_cache(args)
-    return args
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory) -> Path:
-    """The folder of a finished run. Tests do not write to it."""
-    out = tmp_path_factory.mktemp("done") / "out"
-    run(out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def args(tmp_path_factory) -> Namespace:
-    return prepared(tmp_path_factory.mktemp("args") / "out")
-
-
-def copied(folder: Path, to: Path) -> Path:
-    return Path(shutil.copytree(folder, to))
-
-
-def same_run(a: Path, b: Path) -> bool:
-    """The same log and, to the bit, the same weights; metadata have no order in a file."""
-    for name in (fd.LORA, "checkpoint/state.safetensors"):
-        ours, theirs = load_file(a / name), load_file(b / name)
-        assert ours.keys() == theirs.keys() and all(
-            map(torch.equal, ours.values(), theirs.values())
-        )
-        assert fd.read_metadata(a / name) == fd.read_metadata(b / name)
-    return (a / "log.csv").read_bytes() == (b / "log.csv").read_bytes()
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
 
 # ---------------------------------------------------------------------------------------- the model
 
@@ -332,13 +294,6 @@ def test_held_out_prompts_are_not_trained_on(args):
 
 
 # ----------------------------------------------------------------------------------------- training
-
-
-def train(out, *more):
-    args = prepared(out, *more)
-    fd.train(args)
-    with safe_open(args.state, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, fd.read_metadata(args.state)  # noqa: SIM118
 
 
 def test_the_base_stays_and_only_the_lora_is_trained(tmp_path, monkeypatch):
@@ -640,13 +595,6 @@ def test_no_pickle_is_read():
 # ------------------------------------------------------------------------------------------- images
 
 
-def picture(mode, size=(64, 48)):
-    values = np.linspace(0, 255, size[0] * size[1] * 4).reshape(size[1], size[0], 4)
-    if mode == "I;16":
-        return Image.fromarray((values[..., 0] * 257).astype(np.uint16))
-    return Image.fromarray(values.astype(np.uint8)).convert(mode)
-
-
 def test_images_of_all_kinds(tmp_path):
     for i, mode in enumerate(("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16")):
         path = tmp_path / f"{i}.{'tif' if mode == 'CMYK' else 'png'}"
@@ -720,20 +668,6 @@ def test_latents_of_images_decode_to_them(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- errors
-
-
-def edited(tmp_path: Path, file: str, **change) -> Path:
-    """A copy of the tiny Flux with entries of a config changed."""
-    folder = copied(TINY, tmp_path / "model")
-    config = json.loads((folder / file).read_text())
-    (folder / file).write_text(json.dumps(config | change))
-    return folder
-
-
-def says(pattern, *argv):
-    with pytest.raises(SystemExit, match=pattern) as stopped:
-        fd.main([*SMALL.split(), *map(str, argv)])
-    assert "\n" not in str(stopped.value) and "Traceback" not in str(stopped.value)
 
 
 def test_error_model_missing(tmp_path):

@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from torch.utils import backend_registration as backends
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-from test_flux import SMALL, TINY, content, fd, picture, prepared, run, same_run, says, sc, train
+from tiny_runs import SMALL, TINY, content, fd, picture, prepared, run, same_run, says, train
+
+import shortcut as sc
 
 PATIENCE = 300  # seconds for a whole run on a busy machine
 
