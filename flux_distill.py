@@ -34,6 +34,8 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # they advise packages that Flux needs not
@@ -43,11 +45,14 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.training_utils import free_memory, generate_aspect_ratio_buckets
 from huggingface_hub import errors as hub
 from huggingface_hub import hf_hub_download
-from peft import LoraConfig, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from transformers import CLIPTextModel, T5EncoderModel
 
 import shortcut as sc
+
+# The backward of cuDNN's attention, which PyTorch 2.11 and newer prefer on H100 and H200, gives
+# wrong gradients there: finite and 800 times too large, or NaN. Here, so that it holds for all
+# who call the network through this module.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 FLUX = "black-forest-labs/FLUX.1-dev"
 LORA = "pytorch_lora_weights.safetensors"
@@ -59,8 +64,9 @@ TEXT_TOKENS = 256  # of T5, or fewer where its tokenizer's longest text is short
 MAX_GUIDANCE, POOL_GUIDANCE = 8.0, 3.5  # training draws it from [0, 8]; for what the teacher draws
 TORCHRUN = (("RANK", 0), ("WORLD_SIZE", 1))  # what it sets, and what holds without it
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
-SMALLER = """what helps, in this order: gradient checkpointing (no --no-checkpointing), --batch 4 \
---accumulate 2 (down to --batch 1), --rank 16, --quantize int8, --layers blocks, --resolution 256"""
+VERSION = 2  # of what training does and of the checkpoint's form: no other version is resumed
+SMALLER = """what helps, in this order: --recompute-every 1, --batch 4 \
+--accumulate 2 (down to --batch 1), --rank 16, --quantize int8, --resolution 256"""
 PROMPTS = """a red fox asleep in fresh snow, soft morning light; a bowl of ramen, seen from above
 an old fisherman mending a net, black and white; a lighthouse on a cliff in a storm, oil painting
 a hand-painted shop sign that says "FRESH BREAD"; a city street at night in the rain, neon lights
@@ -206,11 +212,14 @@ def check_memory(args: Namespace, config: dict) -> None:
             " 580: pip install 'torch<2.11'), or try --model tests/tiny_flux here")  # fmt: skip
     lora = args.rank * sum(sum(net.get_submodule(name).weight.shape) for name in targets(args, net))
     blocks, width = len([*net.transformer_blocks, *net.single_transformer_blocks]), 2 if gpu else 4
-    kept = blocks + 45 if args.checkpointing else 28 * blocks  # activations a token, of its width
+    recomputed = math.ceil(blocks / args.recompute_every) if args.recompute_every else 0
+    # Activations kept for a token, of its width: the input of a recomputed block, about 28 of any
+    # other, and 45 while a block is recomputed.
+    kept = recomputed + 28 * (blocks - recomputed) + 45 * (recomputed > 0)
     tokens = args.batch * (math.prod(args.size) + TEXT_TOKENS)
     base = parameters * (1 if args.quantize else width)
-    if args.quantize and not args.checkpointing:
-        base += parameters * width  # torchao computes with copies, autograd keeps them
+    if args.quantize:  # torchao computes with copies, which autograd keeps in other blocks
+        base += parameters * width * (blocks - recomputed) / blocks
     lists = 6 if args.paper else 5  # student, gradient, two moments, averages, in float32
     need = base + width * tokens * kept * net.inner_dim + lora * (4 * lists + 2 * width)
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -265,68 +274,179 @@ def set_shift(pipe: FluxPipeline, shift: float) -> None:
 
 
 def targets(args: Namespace, net: FluxTransformer2DModel) -> list[str]:
-    """Linear layers that get a LoRA: all, or those of --layers blocks."""
+    """Linear layers that get a LoRA: those inside the blocks, or all."""
     names = [name for name, m in net.named_modules() if isinstance(m, torch.nn.Linear)]
-    inside = [name for name in names if "transformer_blocks." in name and "norm" not in name]
-    return names if args.layers == "all" else inside
+    if args.layers == "all":
+        return names
+    return [name for name in names if "transformer_blocks." in name]
+
+
+class LoRALinear(torch.nn.Module):
+    """A frozen linear layer plus B A x, A (rank, inputs) and B (outputs, rank).
+
+    `switch` is one object that all layers of a network read: while `switch.on` is False, the
+    layer is the frozen one alone.
+    """
+
+    def __init__(self, base: torch.nn.Linear, rank: int, switch: Namespace):
+        super().__init__()
+        self.base = base
+        self.switch = switch
+        self.A = torch.nn.Parameter(torch.empty(rank, base.in_features))
+        self.B = torch.nn.Parameter(torch.empty(base.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.switch.on:
+            return self.base(x)
+        rows = x.reshape(-1, x.shape[-1])
+        y = self.base(rows)
+        # In place: no gradient needs the base's output. As a matrix, for in place on a view copies.
+        y.addmm_(rows @ self.A.T, self.B.T)
+        return y.reshape(*x.shape[:-1], -1)
 
 
 class Adapter:
     """One LoRA on a frozen transformer, in which sets of weights take turns; None: the teacher.
 
-    Weights are lists of float32 tensors. To load some is one copy, next to nothing beside a call.
+    A set is one float32 vector (P,): first A of every layer, then B of every layer. To load it is
+    one copy, next to nothing compared with a call.
     """
 
     def __init__(self, args: Namespace):
-        self.net, self.batch, r = load(args, "image").transformer, args.batch, args.rank
-        if not getattr(self.net, "peft_config", None):
-            torch.manual_seed(args.seed)
-            kind = dict(init_lora_weights="gaussian", target_modules=targets(args, self.net))
-            self.net.add_adapter(LoraConfig(r=r, lora_alpha=r, **kind))
-        self.scale = None  # that is switched on; 0: the teacher
-        self.layers = [m for m in self.net.modules() if isinstance(m, LoraLayer)]
-        self.params = [p for name, p in self.net.named_parameters() if ".lora_" in name]
+        self.net = load(args, "image").transformer
+        self.batch = args.batch
+        if not any(isinstance(m, LoRALinear) for m in self.net.modules()):
+            self.install(args)
+        self.layers = {n: m for n, m in self.net.named_modules() if isinstance(m, LoRALinear)}
+        self.params = [m.A for m in self.layers.values()] + [m.B for m in self.layers.values()]
+        self.switch = next(iter(self.layers.values())).switch
+        self.blocks = [*self.net.transformer_blocks, *self.net.single_transformer_blocks]
+        self.recompute(args.recompute_every)
+        if args.compile and self.blocks[0]._compiled_call_impl is None:
+            # A graph for each of teacher, EMA and student, in each kind of block and shape.
+            torch._dynamo.config.recompile_limit = 64
+            self.net.compile_repeated_blocks()
+
+    def install(self, args: Namespace) -> None:
+        """Freeze the network and put a LoRA around its linear layers: A normal, B zero."""
+        self.net.requires_grad_(False)
+        switch = Namespace(on=False)
+        layers = {}
+        for name in targets(args, self.net):
+            layers[name] = LoRALinear(self.net.get_submodule(name), args.rank, switch)
+            self.net.set_submodule(name, layers[name])
+        parts = []
+        for name, layer in layers.items():
+            A = torch.randn(layer.A.shape, generator=keyed(args.seed, "A", name)) / args.rank
+            parts.append(A.flatten())
+        parts += [torch.zeros(layer.B.numel()) for layer in layers.values()]
+        # All layers' weights are views of one vector.
+        switch.weights = torch.cat(parts).to(self.net.device, self.net.dtype)
+        switch.first_B = sum(layer.A.numel() for layer in layers.values())
+        params = [layer.A for layer in layers.values()] + [layer.B for layer in layers.values()]
+        for p, part in zip(params, switch.weights.split([p.numel() for p in params])):
+            p.data = part.view_as(p)
+
+    def recompute(self, every: int) -> None:
+        """Recompute every k-th block in the backward (gradient checkpointing); 1: all, 0: none."""
+        self.net.disable_gradient_checkpointing()
+        if not every:
+            return
+        recomputed = {id(block) for block in self.blocks[::every]}
+
+        def call(block, *inputs):
+            if id(block) in recomputed:
+                return checkpoint(block, *inputs, use_reentrant=False)
+            return block(*inputs)
+
+        self.net.enable_gradient_checkpointing(gradient_checkpointing_func=call)
 
     @torch.no_grad()
-    def use(self, weights: list[Tensor] | None, scale: float = 1.0) -> None:
-        scale = scale if weights else 0.0
-        if scale != self.scale:
-            self.scale = scale
-            for layer in self.layers:  # the network's own methods walk all of its modules
-                layer.enable_adapters(scale != 0)
-                layer.set_scale("default", scale)
-        if scale:
-            torch._foreach_copy_(self.params, weights)
+    def use(self, weights: Tensor | None, scale: float = 1.0) -> None:
+        """Load weights (P,), their change of the network multiplied by `scale`."""
+        self.switch.on = weights is not None and scale != 0
+        if not self.switch.on:
+            return
+        self.switch.weights.copy_(weights)
+        if scale != 1:
+            first = self.switch.first_B
+            self.switch.weights[first:] = scale * weights[first:]
 
-    def velocity(self, weights: list[Tensor] | None, size: tuple[int, int]):
+    def velocity(
+        self, weights: Tensor | None, size: tuple[int, int], dtype: torch.dtype | None = None
+    ):
         """Velocity of latents (B, tokens, channels), `size` their rows and columns of tokens.
 
         A call loads its weights. No other may come between the student's call and its backward.
+        The network is fed in `dtype`, by default that of its weights.
         """
-        net, like = self.net, self.params[0]
-        ids = FluxPipeline._prepare_latent_image_ids(1, *size, like.device, like.dtype)
+        net, device, own = self.net, self.switch.weights.device, self.switch.weights.dtype
+        dtype = dtype or own
+        ids = FluxPipeline._prepare_latent_image_ids(1, *size, device, dtype)
 
         def velocity(x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
             if len(x) > self.batch:  # only where there is no backward
                 parts = zip(*(v.split(self.batch) for v in (x, t, *cond.values())))
                 return torch.cat([velocity(x, t, **dict(zip(cond, c))) for x, t, *c in parts])
             self.use(weights)
-            if like.dtype != torch.float32:
-                t = (1000 * t).to(like.dtype) / 1000  # rounded as the stock pipeline rounds
+            if own != torch.float32:
+                t = (1000 * t).to(own) / 1000  # rounded as the stock pipeline rounds
             return net(
-                hidden_states=x.to(like.dtype), timestep=t, guidance=cond["guidance"], img_ids=ids,
-                encoder_hidden_states=cond["text"], pooled_projections=cond["pooled"],
+                hidden_states=x.to(dtype), timestep=t, guidance=cond["guidance"], img_ids=ids,
+                encoder_hidden_states=cond["text"].to(dtype),
+                pooled_projections=cond["pooled"].to(dtype),
                 txt_ids=ids.new_zeros(cond["text"].shape[1], 3),
             ).sample.float()  # fmt: skip
 
         return velocity
 
-    def move_gradients(self, student: list[Tensor], share: float) -> None:
-        """Add a share of the LoRA's gradients to the student's, in float32, and clear them."""
-        for weight, param in zip(student, self.params, strict=True):
-            grad = share * param.grad.float()
-            weight.grad = grad if weight.grad is None else weight.grad + grad
-            param.grad = None
+    def move_gradients(self, student: Tensor, fraction: float) -> None:
+        """Add a fraction of the LoRA's gradients to the student's, in float32, and clear them."""
+        gradient = fraction * torch.cat([p.grad.flatten() for p in self.params]).float()
+        student.grad = gradient if student.grad is None else student.grad + gradient
+        for p in self.params:
+            p.grad = None
+
+    def named(self, weights: Tensor) -> dict[str, Tensor]:
+        """Weights in the network's type, under the names that stock diffusers reads."""
+        names = [f"{name}.lora_{part}.weight" for part in "AB" for name in self.layers]
+        parts = weights.to(self.net.dtype).split([p.numel() for p in self.params])
+        return {name: x.view_as(p) for name, x, p in zip(names, parts, self.params, strict=True)}
+
+    @torch.no_grad()
+    def relative_change(self, weights: Tensor, scale: float) -> float:
+        """Median over layers of |scale B A| / |W|, in Frobenius norms."""
+        self.use(weights)
+        ratios = []
+        for layer in self.layers.values():
+            A, B, W = layer.A.float(), layer.B.float(), layer.base.weight.float()
+            change = ((A @ A.T) * (B.T @ B)).sum().sqrt()  # |B A|, without the large matrix
+            ratios.append((scale * change / W.norm()).item())
+        return float(np.median(ratios))
+
+    @contextmanager
+    def in_float32(self):
+        """Layers compute in float32, each converted for its call alone: 24 GB stay 24 GB."""
+        narrow = {}
+
+        def widen(module, inputs):
+            for p in module.parameters(recurse=False):
+                narrow[p] = p.data
+                p.data = p.data.float()
+
+        def restore(module, inputs, output):
+            for p in module.parameters(recurse=False):
+                p.data = narrow.pop(p)
+
+        hooks = []
+        for module in self.net.modules():
+            hooks.append(module.register_forward_pre_hook(widen))
+            hooks.append(module.register_forward_hook(restore))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 # ----------------------------------------------------------------------------------- phase 1: cache
@@ -412,12 +532,16 @@ def entry(args: Namespace, kind: str, i: int) -> Path:
 
 def read(args: Namespace, kind: str, rows) -> dict[str, Tensor]:
     """Entries of the cache, stacked."""
-    entries = [load_file(entry(args, kind, i)) for i in rows]
-    for path, tensors in zip((entry(args, kind, i) for i in rows), entries):
-        if not all(x.isfinite().all() for x in tensors.values()):
+    paths = [entry(args, kind, i) for i in rows]
+    entries = [load_file(path) for path in paths]
+    stacked = {n: torch.stack([e[n] for e in entries]).to(args.device) for n in entries[0]}
+    for tensors in stacked.values():
+        finite = tensors.isfinite().flatten(1).all(1)
+        if not finite.all():
+            path = paths[finite.int().argmin()]
             die(f"{path} holds NaN or infinity: if its text or image is sound, delete it to make it"
-                " anew; else leave that pair out")  # fmt: skip
-    return {name: torch.stack([e[name] for e in entries]).to(args.device) for name in entries[0]}
+                " again; else leave that pair out")  # fmt: skip
+    return stacked
 
 
 @torch.no_grad()
@@ -493,17 +617,17 @@ class Validation:
         self.teachers = {n: remember(teacher) for n in args.steps}  # a memory for each grid
         self.fine, self.coarse = (self.end(None, n) for n in (FINE, args.student_steps))
 
-    def end(self, weights: list[Tensor] | None, steps: int, scale: float = 1.0) -> Tensor:
+    def end(self, weights: Tensor | None, steps: int, scale: float = 1.0) -> Tensor:
         self.adapter.use(weights, scale)
         return sample(self.args, load(self.args, "image"), self.cond, self.noise, steps)
 
-    def lam(self, weights: list[Tensor], steps: int) -> float:
+    def lam(self, weights: Tensor, steps: int) -> float:
         times = sc.time_grid(steps, self.args.shift).to(self.args.device)
         student = self.adapter.velocity(weights, self.args.size)
         teacher = self.teachers[steps]
         return sc.optimal_scale(student, teacher, self.noise, times, **self.cond).item()
 
-    def search(self, weights: list[Tensor], steps: int) -> tuple[float, float]:
+    def search(self, weights: Tensor, steps: int) -> tuple[float, float]:
         """Least distance to where FINE steps end, and its scale: two searches, from lam* on."""
         best, tries = min(max(self.lam(weights, steps), 0.1), 5.0), []
         for spread in (0.4, 0.15):
@@ -512,7 +636,7 @@ class Validation:
             best = min(tries)[1]
         return min(tries)
 
-    def report(self, weights: list[Tensor], name: str) -> dict[str, float]:
+    def report(self, weights: Tensor, name: str) -> dict[str, float]:
         """lam* and distances to where FINE steps of the teacher end, for the log; a picture."""
         args, N, texts = self.args, self.args.student_steps, self.args.validation
         ends = [self.coarse, self.end(weights, N), self.fine]
@@ -558,14 +682,89 @@ def draw_batch(args: Namespace, pool: dict, generator: torch.Generator):
     return x_0.to(args.device), noise.to(args.device), size, cond
 
 
+# What a GPU may get wrong in silence: how far it may be off, relatively, and what to try.
+TRY_KERNELS = "try DIFFUSERS_ATTN_BACKEND=_native_math, another version of PyTorch, or no --compile"
+CHECKS = {
+    "gradient": (0.05, "the student's gradient with the attention kernels in use differs from that"
+                 " with PyTorch's plain attention", TRY_KERNELS),
+    "teacher": (0.25, "the teacher's velocity differs from the same in float32", TRY_KERNELS),
+    "student": (0.25, "the student's velocity differs from the same in float32", TRY_KERNELS),
+    "pipeline": (0.03, "the latents of our own sampler differ from those of the stock pipeline",
+                 "try another version of diffusers"),
+}  # fmt: skip
+
+
+def check_device(args: Namespace, adapter: Adapter, pair: tuple) -> dict[str, float]:
+    """Compare what this device computes with what it should, on one row; relative differences.
+
+    All of these errors are silent: finite numbers, and a student that learns something else. The
+    LoRA is drawn away from the teacher, so that every weight of it has a gradient.
+    """
+    text, latent = pair
+    generator = keyed(args.seed, "check")
+    x_0 = latent.flatten(0, 1)[None].to(args.device)
+    noise = torch.randn(x_0.shape, generator=generator).to(args.device)
+    t = torch.full((1,), 0.5, device=args.device)  # which bfloat16 does not round, times 1000
+    x_t = sc.interpolate(x_0, noise, t)
+    cond = read(args, "text", [text])
+    cond["guidance"] = torch.full((1,), args.guidance, device=args.device)
+    weights = adapter.switch.weights.float()
+    B = weights[adapter.switch.first_B :]
+    B += 0.01 * torch.randn(B.shape, generator=generator).to(B)
+    size = tuple(latent.shape[:2])
+
+    def gradient(rows: int) -> Tensor:
+        """Of the mean loss of `rows` equal rows: the same for any number of them."""
+        inputs = [x.repeat_interleave(rows, 0) for x in (x_t, t, noise - x_0)]
+        many = {name: x.repeat_interleave(rows, 0) for name, x in cond.items()}
+        v = adapter.velocity(weights, size)(*inputs[:2], **many)
+        (v - inputs[2]).square().mean().backward()
+        of = torch.empty_like(weights)
+        adapter.move_gradients(of, 1.0)
+        return of.grad
+
+    def velocities(dtype: torch.dtype | None) -> list[Tensor]:
+        return [adapter.velocity(ws, size, dtype)(x_t, t, **cond) for ws in (None, weights)]
+
+    def difference(x: Tensor, reference: Tensor) -> float:
+        return ((x - reference).norm() / reference.norm()).item()
+
+    found = {"gradient": gradient(args.batch)}
+    with torch.compiler.set_stance("force_eager"):
+        adapter.recompute(1)
+        with sdpa_kernel(SDPBackend.MATH):
+            found["gradient"] = difference(found["gradient"], gradient(1))
+        adapter.recompute(args.recompute_every)
+    with torch.no_grad():
+        ours = velocities(None)
+        if not args.quantize:  # int8 has no float32 to be compared with
+            with torch.compiler.set_stance("force_eager"), adapter.in_float32():
+                theirs = velocities(torch.float32)
+            for name, v, reference in zip(("teacher", "student"), ours, theirs):
+                found[name] = difference(v, reference)
+        times = sc.time_grid(args.student_steps, args.shift).to(args.device)
+        rows, start = held_out(args, args.validation[:1], "check")
+        ours = sc.euler_sample(adapter.velocity(None, args.size), start, times, **rows)
+    adapter.use(None)
+    stock = sample(args, load(args, "image"), rows, start, args.student_steps)
+    found["pipeline"] = difference(ours, stock)
+    for name, value in found.items():
+        bound, sentence, way_out = CHECKS[name]
+        if not value < bound:  # or not a number
+            die(f"on this device {sentence} by {value:.2g} of its size (at most {bound:g} is"
+                f" rounding): training would go wrong; {way_out}")  # fmt: skip
+    return found
+
+
 def train(args: Namespace) -> None:
     """Phase 2: the velocities meet here, as in toy_2d.py, over one frozen transformer."""
     adapter, config, N, rows = Adapter(args), args.config, args.student_steps, []
     decays = {"slow": config.slow_decay} | ({"fast": config.fast_decay} if args.paper else {})
-    sets = {k: [p.detach().float().clone() for p in adapter.params] for k in ("student", *decays)}
+    sets = {name: adapter.switch.weights.float() for name in ("student", *decays)}
+    sets = {name: weights.clone() for name, weights in sets.items()}
     student = sets["student"]
-    optimizer = torch.optim.AdamW(student, args.learning_rate, weight_decay=1e-4, foreach=True)
-    free, need = shutil.disk_usage(args.out).free / 1e9, 40e-9 * sum(w.numel() for w in student)
+    optimizer = torch.optim.AdamW([student], args.learning_rate, weight_decay=1e-4)
+    free, need = shutil.disk_usage(args.out).free / 1e9, 40e-9 * student.numel()
     if args.state.exists():
         rows, done = load_state(args, sets, optimizer)
         if done:
@@ -579,13 +778,13 @@ def train(args: Namespace) -> None:
     add_up(args, count := torch.tensor([len(rows)], device=args.device))
     if count.item() != args.processes * len(rows):
         die(f"--out {args.out} is not one folder for all machines: put it on a disk they share")
-    if args.checkpointing:
-        adapter.net.enable_gradient_checkpointing()
     pool, validation = {}, args.lead and Validation(args, adapter)
     args.validator = validation
     for i, pair in enumerate(args.pairs):
         latent = read(args, "latent", [i])["latent"][0].cpu()
         pool.setdefault(latent.shape[:2], []).append((pair.text, latent.flatten(0, 1)))
+        if i == 0 and args.device != "cpu" and args.checks is None:
+            args.checks = check_device(args, adapter, (pair.text, latent))
     span, share = range(len(rows) + 1, args.iterations + 1), 1 / (args.accumulate * args.processes)
     bar = tqdm(span, "train", initial=len(rows), total=args.iterations, **args.quiet)
     with interruptible() as asked:
@@ -605,7 +804,7 @@ def train(args: Namespace) -> None:
                 loss.backward()
                 adapter.move_gradients(student, share)
                 logged += share * torch.stack([loss.detach(), *log.values()])
-            add_up(args, logged, *(w.grad for w in student))
+            add_up(args, logged, student.grad)
             row = {"iteration": iteration} | dict(zip(("loss", *log), logged.tolist()))
             row = {name: x for name, x in row.items() if name == "loss" or not math.isnan(x)}
             norm = torch.nn.utils.clip_grad_norm_(student, 10.0).item()
@@ -618,7 +817,7 @@ def train(args: Namespace) -> None:
             optimizer.step()
             optimizer.zero_grad()
             for name, decay in decays.items():
-                sc.update_ema(sets[name], student, decay, iteration)
+                sc.update_ema([sets[name]], [student], decay, iteration)
             rows.append(row | {"gradient_norm": norm, "learning_rate": rate})
             done = iteration == args.iterations
             if args.lead and (done or iteration % args.validate_every == 0):
@@ -682,21 +881,20 @@ def matched(args: Namespace, rows: list[dict]) -> bool:
 
 def save_state(args: Namespace, sets: dict, optimizer, rows: list[dict], done: bool) -> None:
     """All that training goes on from, in one file: it is replaced whole or not at all."""
-    moments = [optimizer.state[w] for w in sets["student"]]
-    lists = sets | {k: [state[k] for state in moments] for k in MOMENTS}
-    tensors = {f"{name}.{i}": x for name, xs in lists.items() for i, x in enumerate(xs)}
-    write_tensors(args.state, tensors, {"settings": args.settings, "rows": rows, "done": done})
+    moments = {name: optimizer.state[sets["student"]][name] for name in MOMENTS}
+    metadata = {"settings": args.settings, "rows": rows, "done": done, "checks": args.checks}
+    write_tensors(args.state, sets | moments, metadata)
 
 
 @torch.no_grad()
 def load_state(args: Namespace, sets: dict, optimizer) -> tuple[list[dict], bool]:
     """Rows of the log, and whether training is done; weights and optimizer are filled in place."""
     metadata, saved = read_metadata(args.state), load_file(args.state)
-    for i, weight in enumerate(sets["student"]):
-        for name, weights in sets.items():
-            weights[i].copy_(saved[f"{name}.{i}"])
-        moments = {name: saved[f"{name}.{i}"].to(args.device) for name in MOMENTS}
-        optimizer.state[weight] = moments | {"step": torch.tensor(float(len(metadata["rows"])))}
+    for name, weights in sets.items():
+        weights.copy_(saved[name])
+    moments = {name: saved[name].to(args.device) for name in MOMENTS}
+    steps = torch.tensor(float(len(metadata["rows"])))
+    optimizer.state[sets["student"]] = moments | {"step": steps}
     return metadata["rows"], metadata["done"]
 
 
@@ -732,8 +930,8 @@ def calibrate(args: Namespace) -> None:
     """
     validation = args.validator or Validation(args, Adapter(args))  # it keeps teacher's answers
     adapter, N, rows = validation.adapter, args.student_steps, read_metadata(args.state)["rows"]
-    saved, count = load_file(args.state), range(len(adapter.params))
-    sets = {k: [saved[f"{k}.{i}"].to(args.device) for i in count] for k in ("student", "slow")}
+    saved = load_file(args.state)
+    sets = {name: saved[name].to(args.device) for name in ("student", "slow")}
     found = {name: validation.search(sets[name], N) for name in sets}
     name = min(found, key=found.get)
     others = tqdm([n for n in args.steps if n != N], "calibrate")
@@ -751,7 +949,7 @@ def calibrate(args: Namespace) -> None:
     check = {"latents": sample(args, load(args, "image"), *held_out(args, [0], "check"), N)}
     write_tensors(args.check, check, {"key": args.key})
     FluxPipeline.save_lora_weights(
-        args.out, get_peft_model_state_dict(adapter.net),
+        args.out, adapter.named(sets[name]),
         save_function=lambda tensors, path: write_tensors(Path(path), tensors, metadata),
     )  # fmt: skip
 
@@ -976,10 +1174,11 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--learning-rate", type=positive, default=2e-5, help="of AdamW")
     add("--warmup", type=number, default=0, metavar="K", help="iterations up to that rate")
     add("--rank", type=count, default=64, help="of the LoRA")
-    add("--layers", choices=("all", "blocks"), default="all",
-        help="linear layers with a LoRA; blocks: attention and feed-forward")
-    add("--no-checkpointing", action="store_false", dest="checkpointing",
-        help="keep activations: a fifth faster, several times the memory")
+    add("--layers", choices=("blocks", "all"), default="blocks",
+        help="linear layers with a LoRA: those inside the blocks, which every tool loads, or all")
+    add("--recompute-every", type=number, default=1, metavar="K",
+        help="recompute every K-th block in the backward; 1: all, least memory; 0: none")
+    add("--compile", action="store_true", help="compile the blocks: minutes at first")
     add("--quantize", choices=("int8",), help="frozen base in int8, half as large; by torchao")
     add("--seed", type=int, default=0, help="of all that is drawn")
     add("--validate-every", type=count, default=100, metavar="K", help="iterations")
@@ -990,6 +1189,8 @@ def parse(argv: list[str] | None) -> Namespace:
     windows = {} if args.paper else dict(student_steps=args.student_steps, teacher_ratio=None)
     if args.quantize and not find_spec("torchao"):
         parser.error("--quantize int8 needs torchao: pip install torchao")
+    if args.quantize and args.compile:
+        parser.error("--compile does not work with --quantize: leave one of them out")
     try:
         args.config = sc.ShortcutConfig(shift_range=args.shift_range, **windows)
         args.out.mkdir(parents=True, exist_ok=True)
@@ -1002,6 +1203,7 @@ def prepare(args: Namespace) -> None:
     """Find model and data, and what identifies them; refuse --out of another run."""
     args.device, args.loaded = "cuda" if torch.cuda.is_available() else "cpu", (None, None)
     args.validator = None  # of train, for calibrate
+    args.checks = None  # what check_device found
     args.process, args.processes = (int(os.environ.get(k, d)) for k, d in TORCHRUN)
     args.lead = args.process == 0  # the one that validates and writes
     args.quiet = {} if args.lead else {"disable": True}
@@ -1043,7 +1245,7 @@ def prepare(args: Namespace) -> None:
     }
     names = """resolution student_steps paper shift_range iterations batch accumulate learning_rate
                warmup rank layers quantize seed stop_when_matched"""
-    settings = {"model": model, "data": digest(data)}
+    settings = {"version": VERSION, "model": model, "data": digest(data)}
     settings |= {name: getattr(args, name) for name in names.split()}
     settings["accumulate"] *= args.processes
     if args.stop_when_matched:  # then these decide when it ends

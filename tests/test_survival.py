@@ -40,11 +40,11 @@ kept, calls, update = {{}}, [], fd.sc.update_ema
 def keep(ema, weights, decay, iteration):
     update(ema, weights, decay, iteration)
     calls.append(decay)
-    kept[("fast", "slow")[len(calls) % 2]], kept["student"] = ema, weights
+    kept[("fast", "slow")[len(calls) % 2]], kept["student"] = ema[0], weights[0]
     {then}
 fd.sc.update_ema = keep
 fd.main(sys.argv[1:])
-tensors = {{f"{{k}}.{{i}}": w.detach().clone() for k, ws in kept.items() for i, w in enumerate(ws)}}
+tensors = {{name: weights.detach().clone() for name, weights in kept.items()}}
 save_file(tensors, {folder!r} + "/rank" + os.environ["RANK"] + ".safetensors")
 """
 
@@ -63,7 +63,7 @@ def test_two_processes_agree_and_follow_one_that_accumulates(tmp_path):
     done = torchrun(tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [load_file(tmp_path / f"rank{i}.safetensors") for i in range(2)]
-    assert {name.split(".")[0] for name in ranks[0]} == {"student", "fast", "slow"}
+    assert set(ranks[0]) == {"student", "fast", "slow"}
     assert ranks[0].keys() == ranks[1].keys()
     assert all(torch.equal(x, ranks[1][name]) for name, x in ranks[0].items())
     run(tmp_path / "one", "--accumulate", 2, "--paper")
@@ -178,7 +178,7 @@ def test_an_int8_base_closes_nine_tenths_of_the_gap(tmp_path):
     """How much nearer than the teacher the student ends: with an int8 base against without."""
     pytest.importorskip("torchao")
     flags = ["--iterations", 100, "--batch", 32, "--rank", 16, "--shift", 1, "--shift-range", 1, 1]
-    flags += ["--held-out", 12, "--limit", 0, "--no-checkpointing", "--noises", 8]
+    flags += ["--held-out", 12, "--limit", 0, "--recompute-every", 0, "--noises", 8]
     flags += ["--validate-every", 100, "--checkpoint-every", 100]
     for name, more in (("float32", []), ("int8", ["--quantize", "int8"])):
         run(tmp_path / name, *flags, *more)
@@ -203,7 +203,7 @@ def test_not_a_number_in_a_gradient_stops_before_the_step(tmp_path, monkeypatch)
         real(self, student, share)
         count.append(1)
         if len(count) == 3:
-            student[1].grad[0, 0] = float("inf")
+            student.grad[0] = float("inf")
 
     monkeypatch.setattr(fd.Adapter, "move_gradients", bad)
     says("iteration 3: loss .*gradient norm (inf|nan).*last checkpoint is kept", "--out", out)

@@ -20,7 +20,7 @@ SHIPPED = fd.FINE, fd.STEPS
 fd.FINE, fd.STEPS = 8, (2, 3)  # quicker
 TINY = Path(__file__).parent / "tiny_flux"
 SMALL = f"""--model {TINY} --prompts {TINY / "prompts.txt"} --resolution 32 --iterations 4 --batch 4
-    --rank 4 --learning-rate 1e-3 --held-out 3 --noises 2 --limit 6 --validate-every 2
+    --rank 4 --learning-rate 3e-3 --held-out 3 --noises 2 --limit 6 --validate-every 2
     --checkpoint-every 2"""
 
 

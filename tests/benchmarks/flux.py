@@ -26,7 +26,7 @@ import flux_distill as fd
 TINY = Path(__file__).parents[1] / "tiny_flux"
 ITERATIONS = 200
 DEMO = f"""--resolution 32 --shift 1 --shift-range 1 1 --iterations {ITERATIONS} --batch 64
-          --learning-rate 1e-3 --no-checkpointing --noises 8"""
+          --learning-rate 1e-3 --recompute-every 0 --noises 8"""
 RUNS = {
     "all pairs": "", "ten pairs": "--limit 10", "the paper's windows": "--paper",
     "stopped when matched": "--iterations 400 --validate-every 20 --stop-when-matched",

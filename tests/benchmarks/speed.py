@@ -37,9 +37,8 @@ SMALL = MEDIUM | dict(num_attention_heads=2, num_layers=1, num_single_layers=1)
 CONFIGS = {"dev": DEV, "medium": MEDIUM, "small": SMALL}
 SIZES = {"cuda": {512: (1, 4, 8, 16), 1024: (1, 4)}, "cpu": {256: (2,)}}  # pixels: batches
 BEST = {"cuda": (512, 8), "cpu": (256, 2)}  # the size on which variants are tried
-KERNELS = ("_native_cudnn", "_native_flash", "_native_efficient")  # of PyTorch; "native" chooses
-HEADS = ("pixels", "batch", "checkpointing", "variant", "step, s", "its calls, s", "ratio",
-         "TFLOP/s", "GiB")  # fmt: skip
+HEADS = ("pixels", "batch", "flags", "step, s", "its calls, s", "ratio", "TFLOP/s", "GiB")
+RECOMPUTE = (("--recompute-every", "1"), ("--recompute-every", "0"))
 
 
 class Clock:
@@ -107,6 +106,7 @@ def prepared(pipe: FluxPipeline, pixels: int, batch: int, out: str, *more: str):
     flags = f"--model {TINY} --resolution 32 --batch {batch} --limit 2 --held-out 2 --out {out}"
     args = fd.parse([*flags.split(), *more])
     fd.prepare(args)
+    fd.set_shift(pipe, args.shift)
     net, args.loaded = pipe.transformer, ("image", pipe)
     args.size, args.channels = (pixels // 16,) * 2, net.config.in_channels
     tokens = 256 if args.device == "cuda" else 64
@@ -125,19 +125,21 @@ def flops_of_a_call(args) -> int:
     velocity = fd.Adapter(args).velocity(None, args.size)
     cond = fd.read(args, "text", [0]) | {"guidance": torch.ones(1, device=args.device)}
     noise, t = fd.noises(args, [("x",)]), torch.ones(1, device=args.device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # Code that Dynamo first meets inside a dispatch mode, it never compiles afterwards.
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, FlopCounterMode(display=False) as counter, torch.no_grad():
         velocity(noise, t, **cond)
     return counter.get_total_flops()
 
 
-def line_of(pipe, pixels, batch, checkpointing, iterations, peak, variant="") -> str:
-    """A line of the table: a short run of this size, timed."""
-    cells = [str(pixels), str(batch), "yes" if checkpointing else "no", variant]
+def measure(pipe, pixels: int, batch: int, iterations: int, peak: float | None, *flags: str):
+    """A short run of this size, timed: a row of the table, by column."""
+    row = {"pixels": pixels, "batch": batch, "flags": " ".join(flags)}
     try:
         with tempfile.TemporaryDirectory() as out:
-            more = ["--iterations", str(iterations), "--checkpoint-every", "1000000"]
-            more += [] if checkpointing else ["--no-checkpointing"]
+            more = ["--iterations", str(iterations), "--checkpoint-every", "1000000", *flags]
             args = prepared(pipe, pixels, batch, out, *more)
+            args.checks = {}  # a part of its own
             pipe.transformer.disable_gradient_checkpointing()
             flops = flops_of_a_call(args)
             if peak:
@@ -145,24 +147,39 @@ def line_of(pipe, pixels, batch, checkpointing, iterations, peak, variant="") ->
             with Clock(args.device) as clock:
                 fd.train(args)
         step, calls = (statistics.median(column) for column in zip(*clock.steps()))
-        ratio = statistics.median(s / c for s, c in clock.steps())
-        # teacher, average, student forward; backward as one more, for weights are frozen
-        rate = flops * batch * (4 + checkpointing) / step
-        cells += [f"{step:.3f}", f"{calls:.3f}", f"{ratio:.3f}", f"{rate / 1e12:.3g}"]
-        cells[-1] += f" ({rate / peak:.0%})" if peak else ""
-        cells.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if peak else "")
+        blocks = fd.Adapter(args).blocks
+        recomputed = len(blocks[:: args.recompute_every]) if args.recompute_every else 0
+        # teacher, EMA, student forward; backward as one more, for weights are frozen
+        rate = flops * batch * (4 + recomputed / len(blocks)) / step
+        row |= {"step": step, "calls": calls, "tflops": rate / 1e12}
+        row["ratio"] = statistics.median(s / c for s, c in clock.steps())
+        if peak:
+            row["fraction"] = rate / peak
+            row["gib"] = torch.cuda.max_memory_allocated() / 2**30
     except torch.OutOfMemoryError:
-        cells += ["out of memory", *[""] * 4]
+        row["note"] = "out of memory"
     gc.collect()
     fd.free_memory()
-    return f"| {' | '.join(cells)} |"
+    return row
+
+
+def line_of(row: dict) -> str:
+    """A row as a line of the Markdown table."""
+    if "note" in row:
+        cells = [row["note"], *[""] * 4]
+    else:
+        fraction = f" ({row['fraction']:.0%})" if "fraction" in row else ""
+        cells = [f"{row['step']:.3f}", f"{row['calls']:.3f}", f"{row['ratio']:.3f}"]
+        cells += [f"{row['tflops']:.3g}{fraction}", f"{row['gib']:.1f}" if "gib" in row else ""]
+    return f"| {row['pixels']} | {row['batch']} | {row['flags']} | {' | '.join(cells)} |"
 
 
 def sampling(pipe, pixels: int, steps: int = 3, repeats: int = 5) -> float:
     """Seconds in which the stock pipeline makes the latents of one picture, adapter switched on."""
     with tempfile.TemporaryDirectory() as out:
         args, times = prepared(pipe, pixels, 1, out), []
-        fd.Adapter(args).net.enable_adapters()
+        adapter = fd.Adapter(args)
+        adapter.use(adapter.switch.weights.float())
         cond, noise = fd.held_out(args, [0], "speed")
         for _ in range(repeats + 1):  # the first warms up
             began = time.perf_counter()
@@ -211,16 +228,13 @@ def main() -> None:
         print(f"| {' | '.join(HEADS)} |")
         print("|---" * len(HEADS) + "|")
     for pixels, batches in sizes.items() if "steps" in parts else ():
-        for batch, checkpointing in itertools.product(batches, (True, False)):
-            print(line_of(pipe, pixels, batch, checkpointing, args.iterations, peak), flush=True)
+        for batch, flags in itertools.product(batches, RECOMPUTE):
+            print(line_of(measure(pipe, pixels, batch, args.iterations, peak, *flags)), flush=True)
     if "variants" in parts:  # last, for blocks stay compiled
-        case = (pipe, *BEST[device], True, args.iterations, peak)
-        for kernel in KERNELS if on_gpu else ():
-            pipe.transformer.set_attention_backend(kernel)
-            print(line_of(*case, kernel), flush=True)
-        pipe.transformer.set_attention_backend("native")
-        pipe.transformer.compile_repeated_blocks()
-        print(line_of(*case, "compiled blocks"), flush=True)
+        case = (pipe, *BEST[device], args.iterations, peak)
+        for every in ("2", "4"):
+            print(line_of(measure(*case, "--recompute-every", every)), flush=True)
+        print(line_of(measure(*case, "--compile")), flush=True)
 
 
 if __name__ == "__main__":
