@@ -17,12 +17,14 @@ import os
 import shutil
 import signal
 import textwrap
+import time
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from argparse import RawDescriptionHelpFormatter as RawFormatter
 from contextlib import contextmanager, suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -153,6 +155,95 @@ def file_print(path: Path) -> list:
     with open(path, "rb") as file:
         pieces = [file.read(2**19) for k in range(16) if file.seek(size * k // 16) >= 0]
     return [size, hashlib.sha256(b"".join(pieces)).hexdigest()]
+
+
+# -------------------------------------------------------------------------------- what a run costs
+
+
+class Costs:
+    """Seconds and peak GPU memory (GiB) of each phase, kept in a file over interruptions."""
+
+    def __init__(self, path: Path, device: str, lead: bool):
+        self.path = path
+        self.device = device
+        self.lead = lead
+        self.phases = {}
+        with suppress(OSError, ValueError):
+            self.phases = json.loads(path.read_text())
+
+    def peak(self) -> float | None:
+        return torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else None
+
+    @contextmanager
+    def phase(self, name: str):
+        """Add what happens inside to a phase, also if it ends in an error."""
+        self.name = name
+        self.since = time.perf_counter()
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            yield
+        finally:
+            self.save()
+
+    def save(self) -> None:
+        """Bring the running phase up to date, in the file too."""
+        now = time.perf_counter()
+        row = self.phases.setdefault(self.name, {"seconds": 0.0, "peak_gib": None})
+        row["seconds"] += now - self.since
+        self.since = now
+        if self.device == "cuda":
+            row["peak_gib"] = max(self.peak(), row["peak_gib"] or 0.0)
+        if self.lead:
+            write_text(self.path, json.dumps(self.phases, indent=1) + "\n")
+
+
+def machine(args: Namespace) -> dict[str, str]:
+    """What a run ran on."""
+    name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    packages = ("torch", "diffusers", "transformers")
+    return {"device": name} | {package: version(package) for package in packages}
+
+
+def duration(seconds: float) -> str:
+    """In words: 45 s, 12 min, 3.4 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def forecast(args: Namespace, validation, iteration: int, seconds: float) -> str:
+    """What is still to come, in words, from the seconds of one iteration."""
+    every_n, N = sum(args.steps), args.student_steps
+    call = validation.seconds  # one network call, on all validation rows
+    validate = call * (N + 2 * every_n)  # a sampling, and two velocities at each step for lam*
+    calibrate = call * 12 * (every_n + N)  # ten samplings and lam*; at N for two sets of weights
+    fraction = len(args.comparison) / len(args.validation)
+    compare = call * (FINE + 3 * every_n) * fraction
+    left = range(iteration + 1, args.iterations + 1)
+    times = len([i for i in left if i % args.validate_every == 0 or i == args.iterations])
+    # The first lam* also takes the teacher's mean velocities, 16 calls a step.
+    training = len(left) * seconds + times * validate + call * 16 * every_n
+    end = datetime.now() + timedelta(seconds=training)
+    words = (f"{seconds:.3g} s an iteration; training takes {duration(training)} more, until"
+             f" {end:%a %H:%M}, with {times} validations of {duration(validate)}; calibration then"
+             f" takes about {duration(calibrate)} and comparison {duration(compare)}")  # fmt: skip
+    if args.device != "cuda":
+        return words
+    peak, card = args.costs.peak(), torch.cuda.get_device_properties(0).total_memory / 2**30
+    words += f"; peak memory {peak:.1f} of {card:.1f} GiB"
+    if peak > 0.95 * card:
+        words += f". ALARM: that is nearly all, and may not last; {SMALLER}"
+    return words
+
+
+def check_disk(args: Namespace, parameters: int) -> None:
+    """Up to six float32 numbers a parameter in a checkpoint, in the old and in the new file."""
+    need = 4e-9 * parameters * (6 if args.paper else 5) * (1 if args.state.exists() else 2)
+    free = shutil.disk_usage(args.out).free / 1e9
+    if free < need:
+        die(f"checkpoints need {need:.1f} GB and --out {args.out} has {free:.1f}: free some space,"
+            " give --out on another disk, or a smaller --rank")  # fmt: skip
 
 
 # -------------------------------------------------------------------- the model, checked and loaded
@@ -615,7 +706,10 @@ class Validation:
         self.cond, self.noise = held_out(args, args.validation, "validation")
         teacher = adapter.velocity(None, args.size)
         self.teachers = {n: remember(teacher) for n in args.steps}  # a memory for each grid
-        self.fine, self.coarse = (self.end(None, n) for n in (FINE, args.student_steps))
+        began = time.perf_counter()
+        self.fine, self.coarse = (self.end(None, n).cpu() for n in (FINE, args.student_steps))
+        self.seconds = (time.perf_counter() - began) / (FINE + args.student_steps)  # of a call
+        self.fine, self.coarse = self.fine.to(args.device), self.coarse.to(args.device)
 
     def end(self, weights: Tensor | None, steps: int, scale: float = 1.0) -> Tensor:
         self.adapter.use(weights, scale)
@@ -695,6 +789,17 @@ CHECKS = {
 
 
 def check_device(args: Namespace, adapter: Adapter, pair: tuple) -> dict[str, float]:
+    """End with a sentence if what this device computes is wrong; else what was found."""
+    found = device_errors(args, adapter, pair)
+    for name, value in found.items():
+        bound, sentence, way_out = CHECKS[name]
+        if not value < bound:  # or not a number
+            die(f"on this device {sentence} by {value:.2g} of its size (at most {bound:g} is"
+                f" rounding): training would go wrong; {way_out}")  # fmt: skip
+    return found
+
+
+def device_errors(args: Namespace, adapter: Adapter, pair: tuple) -> dict[str, float]:
     """Compare what this device computes with what it should, on one row; relative differences.
 
     All of these errors are silent: finite numbers, and a student that learns something else. The
@@ -748,11 +853,6 @@ def check_device(args: Namespace, adapter: Adapter, pair: tuple) -> dict[str, fl
     adapter.use(None)
     stock = sample(args, load(args, "image"), rows, start, args.student_steps)
     found["pipeline"] = difference(ours, stock)
-    for name, value in found.items():
-        bound, sentence, way_out = CHECKS[name]
-        if not value < bound:  # or not a number
-            die(f"on this device {sentence} by {value:.2g} of its size (at most {bound:g} is"
-                f" rounding): training would go wrong; {way_out}")  # fmt: skip
     return found
 
 
@@ -764,7 +864,6 @@ def train(args: Namespace) -> None:
     sets = {name: weights.clone() for name, weights in sets.items()}
     student = sets["student"]
     optimizer = torch.optim.AdamW([student], args.learning_rate, weight_decay=1e-4)
-    free, need = shutil.disk_usage(args.out).free / 1e9, 40e-9 * student.numel()
     if args.state.exists():
         rows, done = load_state(args, sets, optimizer)
         if done:
@@ -772,9 +871,7 @@ def train(args: Namespace) -> None:
     elif args.lora.exists():
         die(f"{args.lora} is finished, but {args.state} is gone: other settings of calibration and"
             " comparison need it. Give another --out, or delete it to train anew")  # fmt: skip
-    elif free < need:  # up to five float32 numbers a weight, in the old and in the new file
-        die(f"checkpoints need {need:.1f} GB and --out {args.out} has {free:.1f}: give --out on"
-            " another disk, or a smaller --rank")  # fmt: skip
+    check_disk(args, student.numel())
     add_up(args, count := torch.tensor([len(rows)], device=args.device))
     if count.item() != args.processes * len(rows):
         die(f"--out {args.out} is not one folder for all machines: put it on a disk they share")
@@ -786,9 +883,11 @@ def train(args: Namespace) -> None:
         if i == 0 and args.device != "cpu" and args.checks is None:
             args.checks = check_device(args, adapter, (pair.text, latent))
     span, share = range(len(rows) + 1, args.iterations + 1), 1 / (args.accumulate * args.processes)
+    third = len(rows) + 3  # from here on, what is to come can be told
     bar = tqdm(span, "train", initial=len(rows), total=args.iterations, **args.quiet)
     with interruptible() as asked:
         for iteration in bar:
+            began = time.perf_counter()
             # --paper: passes share U, evenly spread, with as many teacher rows as a large batch.
             U = torch.rand(1, generator=keyed(args.seed, "share", iteration)).item()
             logged = torch.zeros(4, device=args.device)
@@ -820,6 +919,11 @@ def train(args: Namespace) -> None:
                 sc.update_ema([sets[name]], [student], decay, iteration)
             rows.append(row | {"gradient_norm": norm, "learning_rate": rate})
             done = iteration == args.iterations
+            if args.lead and iteration == third:
+                seconds = time.perf_counter() - began
+                words = forecast(args, validation, iteration, seconds)
+                tqdm.write(f"iteration {iteration}: {words}")
+                check_disk(args, student.numel())
             if args.lead and (done or iteration % args.validate_every == 0):
                 bar.set_description("validate")  # the first takes minutes, later ones seconds
                 rows[-1] |= validation.report(student, f"{iteration:06d}")
@@ -833,6 +937,7 @@ def train(args: Namespace) -> None:
             done, stop = map(bool, ends.tolist())  # of any process
             if args.lead and (done or stop or iteration % args.checkpoint_every == 0):
                 save_state(args, sets, optimizer, rows, done)
+                args.costs.save()
             if done:
                 return
             if stop:
@@ -943,6 +1048,8 @@ def calibrate(args: Namespace) -> None:
         "max_sequence_length": validation.cond["text"].shape[1], "iterations": len(rows),
         "weights": {"slow": "slow average of the student"}.get(name, name),
         "note": verdict(args, validation.report(sets[name], "saved")),
+        "checks": read_metadata(args.state)["checks"],
+        "relative_change": adapter.relative_change(sets[name], scales[N]),
         "settings": args.settings, "key": args.key,
     }  # fmt: skip
     adapter.use(sets[name], scales[N])
@@ -1000,8 +1107,6 @@ def compare(args: Namespace) -> dict:
     draw(args, rows, args.comparison[:8], "comparison.png")
     results = {"table": table, "noises": len(noise), "self_check": check, "adapter": adapter}
     results |= {"seed_to_seed": rms(fine - fine.roll(len(args.comparison), 0))}
-    write_text(args.out / "README.md", card(args, results))
-    write_text(args.out / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
 
@@ -1214,6 +1319,7 @@ def prepare(args: Namespace) -> None:
         patience = timedelta(days=1)  # of those that wait while one validates
         dist.init_process_group(engine, timeout=patience)
     args.lora, args.check = args.out / LORA, args.out / "cache/check.safetensors"
+    args.costs = Costs(args.out / "costs.json", args.device, args.lead)
     args.state, args.steps = args.out / "checkpoint/state.safetensors", {*STEPS, args.student_steps}
     args.steps = sorted(args.steps)
     args.base_model = Path(args.model).name if Path(args.model).is_absolute() else args.model
@@ -1269,15 +1375,22 @@ def distil(args: Namespace) -> dict:
         results = json.loads(file.read_text())
     saved = read_metadata(args.lora).get("key") == args.key
     if not saved or results["adapter"].get("key") != args.key:
-        make_cache(args)
+        with args.costs.phase("cache"):
+            make_cache(args)
         saved &= read_metadata(args.check).get("key") == args.key
         if not saved:
-            train(args)
+            with args.costs.phase("train"):
+                train(args)
         if not args.lead:
             return results
         if not saved:
-            calibrate(args)
-        results = compare(args)
+            with args.costs.phase("calibrate"):
+                calibrate(args)
+        with args.costs.phase("compare"):
+            results = compare(args)
+        results |= {"phases": args.costs.phases, "machine": machine(args)}
+        write_text(args.out / "README.md", card(args, results))
+        write_text(file, json.dumps(results, indent=1) + "\n")
     if args.lead:
         print(f"RMSE of latents / PSNR of pictures to {FINE} teacher steps, held-out prompts:")
         print(markdown(results), results["adapter"]["note"], sep="\n")

@@ -82,6 +82,8 @@ class Clock:
 class Silent:
     """In place of fd.Validation: pictures and lam* are not part of a step."""
 
+    seconds = 0.0  # of a call, for the forecast
+
     def __init__(self, args, adapter):
         self.args = args
 
