@@ -168,6 +168,7 @@ class Costs:
         self.device = device
         self.lead = lead
         self.phases = {}
+        self.running = None
         with suppress(OSError, ValueError):
             self.phases = json.loads(path.read_text())
 
@@ -177,7 +178,7 @@ class Costs:
     @contextmanager
     def phase(self, name: str):
         """Add what happens inside to a phase, also if it ends in an error."""
-        self.name = name
+        self.running = name
         self.since = time.perf_counter()
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -185,11 +186,14 @@ class Costs:
             yield
         finally:
             self.save()
+            self.running = None
 
     def save(self) -> None:
         """Bring the running phase up to date, in the file too."""
+        if self.running is None:
+            return
         now = time.perf_counter()
-        row = self.phases.setdefault(self.name, {"seconds": 0.0, "peak_gib": None})
+        row = self.phases.setdefault(self.running, {"seconds": 0.0, "peak_gib": None})
         row["seconds"] += now - self.since
         self.since = now
         if self.device == "cuda":
