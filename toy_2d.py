@@ -7,6 +7,7 @@ against fresh data and draws four figures. Needs no GPU, no network and no data 
 import copy
 import json
 import math
+import tempfile
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Callable
@@ -230,7 +231,9 @@ def plot_lines(panels: list[tuple[str, str, dict]], level: float, path: Path) ->
     for axis, (title, label, lines) in zip(axes, panels):
         for (name, points), color in zip(lines.items(), COLORS):
             axis.plot(list(points), list(points.values()), "o-", ms=4, color=color, label=name)
-        axis.set(xscale="log", yscale="log", xlabel=label, title=title)
+        axis.set(xscale="log", xlabel=label, title=title)
+        if any(y > 0 for points in lines.values() for y in points.values()):
+            axis.set_yscale("log")  # an unbiased distance, or lam*, can be negative everywhere
         axis.set_xticks(list(points), [str(x) for x in points])
         axis.minorticks_off()
         axis.yaxis.set_major_formatter("{x:g}")
@@ -302,19 +305,64 @@ def parse(argv: list[str] | None) -> Namespace:
     args = parser.parse_args(argv)
     if args.fusion and (args.few_shot or args.paper):
         parser.error("--fusion goes with neither --few-shot nor --paper")
-    if min(args.iterations, args.N, args.few_shot + 1) < 1:
-        parser.error("--iterations and --student-steps must be at least 1, --few-shot at least 0")
     make = sc.ShortcutConfig if args.paper else partial(sc.ShortcutConfig.for_steps, args.N)
+    for name, value, low, high in (
+        ("--iterations", args.iterations, 1, 10**9),
+        ("--student-steps", args.N, 1, 10**4),
+        ("--few-shot", args.few_shot, 0, 10**7),
+        ("--seed", args.seed, 0, 2**62),  # PyTorch has 64 bits, and the seeds drawn from it
+    ):
+        if not low <= value <= high:
+            parser.error(f"{name} {value} must be between {low} and {high}")
+    results = args.out / "results.json"
     try:
         args.config = make(shift_range=(args.shift, args.shift))
+        if not 1e-3 <= args.shift <= 1e3:  # further out float32 has no times between 0 and 1
+            parser.error(f"--shift {args.shift:g} must be between 0.001 and 1000")
         args.out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
+        tempfile.TemporaryFile(dir=args.out).close()  # not allowed: say so before training
+        if results.exists() and not is_ours(results):
+            parser.error(f"{results} is not from this program and would be replaced: move it, or"
+                         " give another --out")  # fmt: skip
+    except ValueError as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror}: give another --out")
     return args
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Half a file, from a full disk or a kill, would not be known as ours the next time."""
+    part = path.with_name(f".part-{path.name}")
+    try:
+        part.write_text(text)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def is_ours(results: Path) -> bool:
+    """Whether this program wrote that results.json; damaged, it can't be told."""
+    try:
+        return {"energy", "rms", "settings"} <= json.loads(results.read_text()).keys()
+    except (ValueError, AttributeError):
+        return False
+
+
 def main(argv: list[str] | None = None) -> None:
-    args, started = parse(argv), time.perf_counter()
+    args = parse(argv)
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        raise SystemExit("toy_2d.py: stopped; the same command starts over") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise SystemExit(f"toy_2d.py: {error.filename or args.out}: {reason}; mend that, or give"
+                         " another --out") from None  # fmt: skip
+
+
+def run(args: Namespace) -> None:
+    started = time.perf_counter()
     torch.set_num_threads(1)  # tensors are small: more would only wait for each other
     data, shift, config, iterations = FLOWS[args.flow], args.shift, args.config, args.iterations
     steps = sorted({*STEPS, few := args.N})
@@ -353,7 +401,7 @@ def main(argv: list[str] | None = None) -> None:
             lams[f"{n} steps"][i] = sc.optimal_scale(kept[i], base, validation, times).item()
     results = dict(energy=energy, rms=rms, floor=floor, scales=scales, errors=errors, lams=lams)
     results["settings"] = {name: str(value) for name, value in vars(args).items()}
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
 
     samplers = [(f"{first}, {steps} steps", base, steps, COLORS[0]) for steps in (few, FINE_STEPS)]
     samplers += [(f"{second}, {few} steps", student, few, COLORS[1])]
