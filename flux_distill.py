@@ -130,6 +130,10 @@ def atomic(path: Path):
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         part.replace(path)
+    except OSError as error:
+        if error.filename in (None, part, str(part)):
+            error.filename = str(path)
+        raise
     except SafetensorError as error:  # it has the system's error only in its text
         code = re.search(r"os error (\d+)", str(error))
         if not code:
@@ -255,7 +259,8 @@ REFUSALS = (  # the first that fits an error on the way to a model
      "is no folder here and no public model on the Hub (private: `hf auth login`)"),
     ((hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled),
      "is no folder here and the Hub can't be reached: give a folder, or go online"),
-    (PermissionError, "has files that you are not allowed to read: correct their permissions"),
+    (PermissionError, "has files, here or in the Hub's"
+     " cache, that you are not allowed to read or write: correct their permissions"),
     ((hub.EntryNotFoundError, FileNotFoundError, ValueError, KeyError, TypeError),
      "is not a whole diffusers pipeline: it needs a model_index.json, transformer/ and vae/"),
     (Exception, "can't be reached: go online, or give a folder"),  # whatever networks come up with
@@ -1093,7 +1098,8 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--out", type=Path, default=Path("flux_out"), help="folder for all that is written")
     add("--sample", nargs="+", metavar="PROMPT", help="only render these, by the adapter in --out")
     add = parser.add_argument_group("method").add_argument
-    add("--student-steps", type=count, default=3, metavar="N", help="step count to build for")
+    add("--student-steps", type=at_least(1, high=1000), default=3, metavar="N",
+        help="step count to build for")
     add("--paper", action="store_true", help="the paper's windows and share, whatever N is")
     add("--shift-range", type=shift, nargs=2, default=(2.5, 4.5), metavar=("LOW", "HIGH"),
         help="of the time shift in training; its middle is what the windows are matched to")

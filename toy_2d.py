@@ -11,6 +11,7 @@ import tempfile
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate, pairwise, product
 from pathlib import Path
@@ -206,6 +207,17 @@ def table(energy: dict, rms: dict, scales: dict[int, float], floor: float) -> st
 # ----------------------------------------------------------------------------------------- figures
 
 
+@contextmanager
+def whole(path: Path):
+    """Write to the path that this yields: a full disk leaves no half of a file."""
+    part = path.with_name(f".part-{path.name}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def plot_samples(samples: dict, energy: dict, data: Tensor, floor: float, path: Path) -> None:
     """Densities: unlike scatter plots they show holes, and mass where none belongs."""
     figure = Figure((16, height := 2.2 * len(samples) + 0.4))
@@ -221,7 +233,8 @@ def plot_samples(samples: dict, energy: dict, data: Tensor, floor: float, path: 
             axis.set(xticks=[], yticks=[], title=label)
         axes[0].set_ylabel(name, fontsize=13, color=color, fontweight="bold")
     figure.suptitle("Energy distance to the data (1/10,000); the same noise in all panels")
-    figure.savefig(path, dpi=100)
+    with whole(path) as part:
+        figure.savefig(part, dpi=100)
 
 
 def plot_lines(panels: list[tuple[str, str, dict]], level: float, path: Path) -> None:
@@ -240,7 +253,8 @@ def plot_lines(panels: list[tuple[str, str, dict]], level: float, path: Path) ->
         axis.spines[["top", "right"]].set_visible(False)
     axis.axhline(level, color="black", lw=0.8)
     axis.legend(frameon=False)
-    figure.savefig(path, dpi=100)
+    with whole(path) as part:
+        figure.savefig(part, dpi=100)
 
 
 def square_panels(samplers: list[tuple], data: Tensor) -> tuple[Figure, list]:
@@ -268,7 +282,8 @@ def plot_paths(samplers: list[tuple], noise: Tensor, data: Tensor, shift: float,
         for i, size, shade, name in ((0, 7, "#a9b4c0", "noise"), (-1, 15, "black", "sample")):
             axis.scatter(*states[i].T, s=size, color=shade, linewidths=0, label=name, zorder=3)
     axis.legend(loc="lower right", fontsize=8)
-    figure.savefig(path, dpi=100)
+    with whole(path) as part:
+        figure.savefig(part, dpi=100)
 
 
 def animate(samplers: list[tuple], noise: Tensor, data: Tensor, shift: float, path: Path) -> None:
@@ -277,7 +292,8 @@ def animate(samplers: list[tuple], noise: Tensor, data: Tensor, shift: float, pa
     for axis, (_, net, steps, color) in zip(axes, samplers):
         states = trajectory(net, noise[:1500], steps, shift)
         dots.append((axis.scatter(*states[0].T, s=4, color=color, linewidths=0), states))
-    with (writer := PillowWriter(fps=16)).saving(figure, path, dpi=60):
+    writer = PillowWriter(fps=16)
+    with whole(path) as part, writer.saving(figure, part, dpi=60):
         for frame in [0] * 8 + list(range(frames + 1)) + [frames] * 16:
             for dot, states in dots:
                 place = frame / frames * (len(states) - 1)
@@ -308,7 +324,7 @@ def parse(argv: list[str] | None) -> Namespace:
     make = sc.ShortcutConfig if args.paper else partial(sc.ShortcutConfig.for_steps, args.N)
     for name, value, low, high in (
         ("--iterations", args.iterations, 1, 10**9),
-        ("--student-steps", args.N, 1, 10**4),
+        ("--student-steps", args.N, 1, 1000),
         ("--few-shot", args.few_shot, 0, 10**7),
         ("--seed", args.seed, 0, 2**62),  # PyTorch has 64 bits, and the seeds drawn from it
     ):
@@ -329,16 +345,6 @@ def parse(argv: list[str] | None) -> Namespace:
     except OSError as error:
         parser.error(f"--out {args.out}: {error.strerror}: give another --out")
     return args
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Half a file, from a full disk or a kill, would not be known as ours the next time."""
-    part = path.with_name(f".part-{path.name}")
-    try:
-        part.write_text(text)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def is_ours(results: Path) -> bool:
@@ -401,7 +407,8 @@ def run(args: Namespace) -> None:
             lams[f"{n} steps"][i] = sc.optimal_scale(kept[i], base, validation, times).item()
     results = dict(energy=energy, rms=rms, floor=floor, scales=scales, errors=errors, lams=lams)
     results["settings"] = {name: str(value) for name, value in vars(args).items()}
-    write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
+    with whole(out / "results.json") as part:
+        part.write_text(json.dumps(results, indent=1) + "\n")
 
     samplers = [(f"{first}, {steps} steps", base, steps, COLORS[0]) for steps in (few, FINE_STEPS)]
     samplers += [(f"{second}, {few} steps", student, few, COLORS[1])]
