@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import textwrap
@@ -21,7 +22,7 @@ import time
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from argparse import RawDescriptionHelpFormatter as RawFormatter
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timedelta
 from functools import partial
 from importlib.metadata import version
@@ -39,6 +40,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # they advise packages that Flux needs not
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -58,6 +64,12 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 FLUX = "black-forest-labs/FLUX.1-dev"
 LORA = "pytorch_lora_weights.safetensors"
+OUTPUTS = (
+    "README.md", "log.csv", "results.json", "costs.json", "training.png", "comparison.png",
+)  # fmt: skip
+MADE_BY = {"made_by": "flux_distill.py"}  # in each safetensors file that this program writes
+STOPS = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows lacks the last
+DISK_FULL = [getattr(errno, name) for name in ("ENOSPC", "EDQUOT") if hasattr(errno, name)]
 FINE = 32  # steps of the teacher that stand for all of its quality
 STEPS = (2, 3, 4, 6, 8)  # watched while training, calibrated and compared; with --student-steps
 TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
@@ -120,10 +132,23 @@ def atomic(path: Path):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".part-{os.environ.get('RANK', 0)}-{path.name}")
     try:
+        part.touch()
+        mode = part.stat().st_mode  # of any new file here; safetensors would leave 600
         yield part
+        if part.stat().st_mode != mode:
+            part.chmod(mode)
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         part.replace(path)
+    except OSError as error:
+        if error.filename in (None, part, str(part)):
+            error.filename = str(path)
+        raise
+    except SafetensorError as error:  # it has the system's error only in its text
+        code = re.search(r"os error (\d+)", str(error))
+        if not code:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path), int(code[1])) from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -134,19 +159,96 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
-    text = {name: json.dumps(value) for name, value in metadata.items()} | {"format": "pt"}
+    text = {name: json.dumps(value) for name, value in metadata.items()}
+    text |= {"format": "pt"} | MADE_BY
     with atomic(path) as part:
         save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, part, text)
 
 
-def read_metadata(path: Path) -> dict:
-    """What write_tensors was given; {} if there is no such file or it is damaged."""
+def header(path: Path) -> dict | None:
+    """Metadata in the header of a safetensors file, as text; None: there is no such header.
+
+    OSError if the file can't be read, for which safe_open would say that it does not exist.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(min(length, 10**8))  # safetensors allows no longer header
     try:
-        with safe_open(path, "pt") as file:
-            pairs = (file.metadata() or {}).items()
-            return {name: json.loads(text) for name, text in pairs if name != "format"}
-    except (OSError, ValueError, SafetensorError):
+        return dict(json.loads(text).get("__metadata__", {}))
+    except (ValueError, TypeError, AttributeError):
+        return None
+
+
+def is_ours(path: Path) -> bool:
+    return path.exists() and MADE_BY.items() <= (header(path) or {}).items()
+
+
+def read_metadata(path: Path) -> dict:
+    """What write_tensors was given; {} if there is no such file or it is damaged.
+
+    A file that can't be read raises OSError; one that this program did not write is refused.
+    """
+    texts = header(path) if path.exists() else None
+    if texts is None:
         return {}
+    if not MADE_BY.items() <= texts.items():
+        die(f"{path} was not written by this program and is left alone: move it, or give another"
+            " --out")  # fmt: skip
+    try:
+        with safe_open(path, "pt"):  # the tensors fit the header
+            names = texts.keys() - MADE_BY.keys() - {"format"}
+            return {name: json.loads(texts[name]) for name in names}
+    except (ValueError, SafetensorError):
+        return {}
+
+
+def refuse_others(args: Namespace) -> None:
+    """Nothing that this program did not write is replaced.
+
+    Its safetensors files say who wrote them. The other files of a run can't: they are taken for
+    ours if there is also an adapter, a checkpoint or a file of the cache that is ours. A run
+    writes to its cache first, and a finished one keeps its adapter.
+    """
+    for path in (args.lora, args.state):
+        read_metadata(path)
+    others = [args.out / name for name in OUTPUTS if (args.out / name).exists()]
+    ours = (args.lora, args.state, *args.out.glob("cache/*.safetensors"))
+    if others and not any(map(is_ours, ours)):
+        die(f"{others[0]} is not from a run of this program and is left alone: move it, or give"
+            " another --out")  # fmt: skip
+
+
+@contextmanager
+def alone(args: Namespace):
+    """Keep other runs out of --out, and remove what killed ones left half written.
+
+    The system releases the lock with the process, however that ends. Several processes of one run
+    share the lead's. Without fcntl (Windows), or on a disk without locks, there is none.
+    """
+    taken = False
+    with ExitStack() as stack:
+        if args.lead and fcntl:
+            try:
+                file = stack.enter_context(open(args.out / ".lock", "a"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove_parts(args.out)
+            except BlockingIOError:
+                taken = True
+            except OSError:
+                pass
+        refused = torch.tensor([int(taken)], device=args.device)
+        add_up(args, refused)
+        if refused.item():
+            die(f"another run is using --out {args.out}: wait until it ends, or give another --out")
+        yield
+
+
+def remove_parts(out: Path) -> None:
+    """Remove temporary files: ours, and those that safetensors renames when they are whole."""
+    for folder in (out, out / "cache", out / "checkpoint", out / "validation"):
+        for path in folder.glob(".*"):
+            if re.fullmatch(r"\.part-\d+-.+|\.tmp[0-9A-Za-z]{6}", path.name):
+                path.unlink(missing_ok=True)
 
 
 def file_print(path: Path) -> list:
@@ -260,6 +362,8 @@ REFUSALS = (  # the first that fits an error on the way to a model
      "is no folder here and no public model on the Hub (private: `hf auth login`)"),
     ((hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled),
      "is no folder here and the Hub can't be reached: give a folder, or go online"),
+    (PermissionError, "has files, here or in the Hub's"
+     " cache, that you are not allowed to read or write: correct their permissions"),
     ((hub.EntryNotFoundError, FileNotFoundError, ValueError, KeyError, TypeError),
      "is not a whole diffusers pipeline: it needs a model_index.json, transformer/ and vae/"),
     (Exception, "can't be reached: go online, or give a folder"),  # whatever networks come up with
@@ -317,10 +421,17 @@ def check_memory(args: Namespace, config: dict) -> None:
         base += parameters * width * (blocks - recomputed) / blocks
     lists = 6 if args.paper else 5  # student, gradient, two moments, averages, in float32
     need = base + width * tokens * kept * net.inner_dim + lora * (4 * lists + 2 * width)
-    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    have = torch.cuda.get_device_properties(0).total_memory if gpu else have
+    have = torch.cuda.get_device_properties(0).total_memory if gpu else machine_memory()
     if need > have:
         die(f"training needs about {need / 2**30:.0f} GiB of {have / 2**30:.0f} GiB; {SMALLER}")
+
+
+def machine_memory() -> float:
+    """In bytes; infinite where the system does not say (Windows)."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def load(args: Namespace, part: str) -> FluxPipeline:
@@ -336,7 +447,8 @@ def load(args: Namespace, part: str) -> FluxPipeline:
         more, kinds = dict.fromkeys(absent), (OSError, ValueError, RuntimeError, SafetensorError)
         if args.quantize and part != "text":
             more["quantization_config"] = int8()
-        with explain(f"--model {args.model} can't be loaded: is it complete?", *kinds):
+        whole = explain(f"--model {args.model} can't be loaded: is it complete?", *kinds)
+        with name_missing_package(args), whole:
             for name in TEXT_ENCODERS.keys() - absent:  # by default made up if the file lacks some
                 more[name], info = TEXT_ENCODERS[name].from_pretrained(
                     args.folder / name, dtype=dtype, output_loading_info=True
@@ -350,6 +462,17 @@ def load(args: Namespace, part: str) -> FluxPipeline:
         set_shift(pipe, args.shift)
         args.loaded = (part, pipe)
     return args.loaded[1]
+
+
+@contextmanager
+def name_missing_package(args: Namespace):
+    """A quantised base needs the package that it was quantised with."""
+    try:
+        yield
+    except ImportError as error:
+        reason = str(error).split(". ")[0].splitlines()[0]
+        die(f"--model {args.model} needs a package that is missing ({reason}): install it and start"
+            " again")  # fmt: skip
 
 
 def int8():
@@ -942,11 +1065,11 @@ def train(args: Namespace) -> None:
             if args.lead and (done or stop or iteration % args.checkpoint_every == 0):
                 save_state(args, sets, optimizer, rows, done)
                 args.costs.save()
-            if done:
-                return
             if stop:
                 add_up(args, ends)  # wait for the one that saves
                 die(f"stopped after iteration {iteration}; the same command goes on from there")
+            if done:
+                return
 
 
 def add_up(args: Namespace, *tensors: Tensor) -> None:
@@ -965,19 +1088,30 @@ def add_up(args: Namespace, *tensors: Tensor) -> None:
 
 @contextmanager
 def interruptible():
-    """A list that Ctrl-C or SIGTERM fills, instead of ending the process amid an iteration."""
-    asked, kinds = [], (signal.SIGINT, signal.SIGTERM)
+    """A list that a stop signal fills, instead of ending the process amid an iteration."""
+    asked = []
 
     def ask(*_):
         asked.append(True)
         os.write(2, b"\nstopping after this iteration\n")  # safe amid any other writing
 
-    before = [signal.signal(kind, ask) for kind in kinds]
-    try:
+    with on_stop(ask):
         yield asked
+
+
+@contextmanager
+def on_stop(handler):
+    """Let stop signals call this. Those that are ignored stay so: nohup wants the run to go on."""
+    kinds = [getattr(signal, name) for name in STOPS if hasattr(signal, name)]
+    before = {kind: signal.getsignal(kind) for kind in kinds}
+    before = {kind: old for kind, old in before.items() if old not in (signal.SIG_IGN, None)}
+    for kind in before:
+        signal.signal(kind, handler)
+    try:
+        yield
     finally:
-        for kind, handler in zip(kinds, before):
-            signal.signal(kind, handler)
+        for kind, old in before.items():
+            signal.signal(kind, old)
 
 
 def matched(args: Namespace, rows: list[dict]) -> bool:
@@ -1240,12 +1374,14 @@ class Help(ArgumentDefaultsHelpFormatter, RawFormatter):
     pass
 
 
-def at_least(low: float, unit: int = 1):
+def at_least(low: float, unit: int = 1, high: float = math.inf):
     """An argparse type: a number of low's kind, finite; integers are multiples of unit."""
 
     def number(text: str) -> float:
         if not low <= (value := type(low)(text)) < math.inf:
             raise ArgumentTypeError(f"{text} must be at least {low}")
+        if value > high:
+            raise ArgumentTypeError(f"{text} must be at most {high}")
         if type(low) is int and value % unit:
             raise ArgumentTypeError(f"{text} must be a multiple of {unit}")
         return value
@@ -1256,6 +1392,7 @@ def at_least(low: float, unit: int = 1):
 def parse(argv: list[str] | None) -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=Help)
     count, number, positive = at_least(1), at_least(0), at_least(1e-9)
+    shift = at_least(1e-3, high=1e3)  # further out float32 has no times between 0 and 1
     # fmt: off
     add = parser.add_argument_group("what").add_argument
     add("--model", default=FLUX, help="a FluxPipeline: name on the Hub, or folder")
@@ -1270,12 +1407,14 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--out", type=Path, default=Path("flux_out"), help="folder for all that is written")
     add("--sample", nargs="+", metavar="PROMPT", help="only render these, by the adapter in --out")
     add = parser.add_argument_group("method").add_argument
-    add("--student-steps", type=count, default=3, metavar="N", help="step count to build for")
+    add("--student-steps", type=at_least(1, high=1000), default=3, metavar="N",
+        help="step count to build for")
     add("--paper", action="store_true", help="the paper's windows and share, whatever N is")
-    add("--shift-range", type=float, nargs=2, default=(2.5, 4.5), metavar=("LOW", "HIGH"),
+    add("--shift-range", type=shift, nargs=2, default=(2.5, 4.5), metavar=("LOW", "HIGH"),
         help="of the time shift in training; its middle is what the windows are matched to")
-    add("--shift", type=positive, default=3.0, help="of time in sampling; see --shift-range")
-    add("--guidance", type=float, default=3.5, help="of sampling; training draws it from [0, 8]")
+    add("--shift", type=shift, default=3.0, help="of time in sampling; see --shift-range")
+    add("--guidance", type=at_least(0.0), default=3.5,
+        help="of sampling; training draws it from [0, 8]")
     add = parser.add_argument_group("training").add_argument
     add("--iterations", type=count, default=3000, help="optimizer steps")
     add("--batch", type=count, default=8, help="pairs in a pass through the network")
@@ -1289,7 +1428,7 @@ def parse(argv: list[str] | None) -> Namespace:
         help="recompute every K-th block in the backward; 1: all, least memory; 0: none")
     add("--compile", action="store_true", help="compile the blocks: minutes at first")
     add("--quantize", choices=("int8",), help="frozen base in int8, half as large; by torchao")
-    add("--seed", type=int, default=0, help="of all that is drawn")
+    add("--seed", type=at_least(0, high=2**63 - 1), default=0, help="of all that is drawn")
     add("--validate-every", type=count, default=100, metavar="K", help="iterations")
     add("--checkpoint-every", type=count, default=100, metavar="K", help="iterations")
     add("--stop-when-matched", action="store_true", help="end at lam* of 1.05, or when it stalls")
@@ -1327,6 +1466,8 @@ def prepare(args: Namespace) -> None:
     args.state, args.steps = args.out / "checkpoint/state.safetensors", {*STEPS, args.student_steps}
     args.steps = sorted(args.steps)
     args.base_model = Path(args.model).name if Path(args.model).is_absolute() else args.model
+    if not args.sample:
+        refuse_others(args)
     args.folder = locate(args)
     files = sorted(args.folder.glob("*/*.json")) + sorted(args.folder.glob("*/*.safetensors"))
     model = args.model_print = digest([[*p.parts[-2:], file_print(p)] for p in files])
@@ -1363,8 +1504,10 @@ def prepare(args: Namespace) -> None:
     args.settings = json.loads(json.dumps(settings))  # as it will be read
     args.key = digest([args.settings, args.shift, args.guidance, held_out, args.noises])
     for path in filter(Path.exists, (args.state, args.lora)):
-        if not (found := read_metadata(path).get("settings")):
-            die(f"{path} is damaged: delete it to make it anew, or give another --out")
+        found = read_metadata(path).get("settings")
+        if not found:
+            what = "is damaged" if is_ours(path) else "is not a safetensors file"
+            die(f"{path} {what}: move it away to make it anew, or give another --out")
         others = [f"{k} {found.get(k)}, now {v}" for k, v in args.settings.items()
                   if found.get(k) != v]  # fmt: skip
         if others:
@@ -1375,7 +1518,7 @@ def prepare(args: Namespace) -> None:
 def distil(args: Namespace) -> dict:
     """The four phases, each skipped when its result is on disk and fits; results.json."""
     results, file = {"adapter": {}}, args.out / "results.json"
-    with suppress(OSError, ValueError):
+    with suppress(FileNotFoundError, ValueError):
         results = json.loads(file.read_text())
     saved = read_metadata(args.lora).get("key") == args.key
     if not saved or results["adapter"].get("key") != args.key:
@@ -1402,20 +1545,41 @@ def distil(args: Namespace) -> dict:
     return results
 
 
+def in_words(args: Namespace, error: OSError) -> str:
+    """What the system refused, and the way out."""
+    if error.errno in DISK_FULL:
+        return f"the disk of --out {args.out} is full: free some space, the same command goes on"
+    file = error.filename or f"--out {args.out}"
+    if error.errno == errno.EFBIG:
+        return (f"{file} would exceed the size limit for files: raise it (ulimit -f), or give --out"
+                " on another disk")  # fmt: skip
+    if isinstance(error, PermissionError):
+        return (f"you are not allowed to read or write {file}: correct its permissions, then the"
+                " same command resumes")  # fmt: skip
+    reason = str(error.strerror or error).splitlines()[0]
+    return f"{file}: {reason}. Once that is mended, the same command resumes"
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
     try:
-        prepare(args)
-        if not args.sample:
-            distil(args)
-        elif args.lead:
-            render(args)
+        with on_stop(stop):
+            prepare(args)
+            if not args.sample:
+                with alone(args):
+                    distil(args)
+            elif args.lead:
+                render(args)
+    except KeyboardInterrupt:
+        die(f"stopped; what is in --out {args.out} is kept, and the same command resumes")
     except torch.OutOfMemoryError:
         die(f"out of GPU memory; {SMALLER}. What is done is kept")
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        die(f"the disk of --out {args.out} is full: free some space, the same command goes on")
+        die(in_words(args, error))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ against fresh data and draws four figures. Needs no GPU, no network and no data 
 import copy
 import json
 import math
+import tempfile
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate, pairwise, product
 from pathlib import Path
@@ -205,6 +207,17 @@ def table(energy: dict, rms: dict, scales: dict[int, float], floor: float) -> st
 # ----------------------------------------------------------------------------------------- figures
 
 
+@contextmanager
+def whole(path: Path):
+    """Write to the path that this yields: a full disk leaves no half of a file."""
+    part = path.with_name(f".part-{path.name}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def plot_samples(samples: dict, energy: dict, data: Tensor, floor: float, path: Path) -> None:
     """Densities: unlike scatter plots they show holes, and mass where none belongs."""
     figure = Figure((16, height := 2.2 * len(samples) + 0.4))
@@ -220,7 +233,8 @@ def plot_samples(samples: dict, energy: dict, data: Tensor, floor: float, path: 
             axis.set(xticks=[], yticks=[], title=label)
         axes[0].set_ylabel(name, fontsize=13, color=color, fontweight="bold")
     figure.suptitle("Energy distance to the data (1/10,000); the same noise in all panels")
-    figure.savefig(path, dpi=100)
+    with whole(path) as part:
+        figure.savefig(part, dpi=100)
 
 
 def plot_lines(panels: list[tuple[str, str, dict]], level: float, path: Path) -> None:
@@ -230,14 +244,17 @@ def plot_lines(panels: list[tuple[str, str, dict]], level: float, path: Path) ->
     for axis, (title, label, lines) in zip(axes, panels):
         for (name, points), color in zip(lines.items(), COLORS):
             axis.plot(list(points), list(points.values()), "o-", ms=4, color=color, label=name)
-        axis.set(xscale="log", yscale="log", xlabel=label, title=title)
+        axis.set(xscale="log", xlabel=label, title=title)
+        if any(y > 0 for points in lines.values() for y in points.values()):
+            axis.set_yscale("log")  # an unbiased distance, or lam*, can be negative everywhere
         axis.set_xticks(list(points), [str(x) for x in points])
         axis.minorticks_off()
         axis.yaxis.set_major_formatter("{x:g}")
         axis.spines[["top", "right"]].set_visible(False)
     axis.axhline(level, color="black", lw=0.8)
     axis.legend(frameon=False)
-    figure.savefig(path, dpi=100)
+    with whole(path) as part:
+        figure.savefig(part, dpi=100)
 
 
 def square_panels(samplers: list[tuple], data: Tensor) -> tuple[Figure, list]:
@@ -265,7 +282,8 @@ def plot_paths(samplers: list[tuple], noise: Tensor, data: Tensor, shift: float,
         for i, size, shade, name in ((0, 7, "#a9b4c0", "noise"), (-1, 15, "black", "sample")):
             axis.scatter(*states[i].T, s=size, color=shade, linewidths=0, label=name, zorder=3)
     axis.legend(loc="lower right", fontsize=8)
-    figure.savefig(path, dpi=100)
+    with whole(path) as part:
+        figure.savefig(part, dpi=100)
 
 
 def animate(samplers: list[tuple], noise: Tensor, data: Tensor, shift: float, path: Path) -> None:
@@ -274,7 +292,8 @@ def animate(samplers: list[tuple], noise: Tensor, data: Tensor, shift: float, pa
     for axis, (_, net, steps, color) in zip(axes, samplers):
         states = trajectory(net, noise[:1500], steps, shift)
         dots.append((axis.scatter(*states[0].T, s=4, color=color, linewidths=0), states))
-    with (writer := PillowWriter(fps=16)).saving(figure, path, dpi=60):
+    writer = PillowWriter(fps=16)
+    with whole(path) as part, writer.saving(figure, part, dpi=60):
         for frame in [0] * 8 + list(range(frames + 1)) + [frames] * 16:
             for dot, states in dots:
                 place = frame / frames * (len(states) - 1)
@@ -302,19 +321,54 @@ def parse(argv: list[str] | None) -> Namespace:
     args = parser.parse_args(argv)
     if args.fusion and (args.few_shot or args.paper):
         parser.error("--fusion goes with neither --few-shot nor --paper")
-    if min(args.iterations, args.N, args.few_shot + 1) < 1:
-        parser.error("--iterations and --student-steps must be at least 1, --few-shot at least 0")
     make = sc.ShortcutConfig if args.paper else partial(sc.ShortcutConfig.for_steps, args.N)
+    for name, value, low, high in (
+        ("--iterations", args.iterations, 1, 10**9),
+        ("--student-steps", args.N, 1, 1000),
+        ("--few-shot", args.few_shot, 0, 10**7),
+        ("--seed", args.seed, 0, 2**62),  # PyTorch has 64 bits, and the seeds drawn from it
+    ):
+        if not low <= value <= high:
+            parser.error(f"{name} {value} must be between {low} and {high}")
+    results = args.out / "results.json"
     try:
         args.config = make(shift_range=(args.shift, args.shift))
+        if not 1e-3 <= args.shift <= 1e3:  # further out float32 has no times between 0 and 1
+            parser.error(f"--shift {args.shift:g} must be between 0.001 and 1000")
         args.out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
+        tempfile.TemporaryFile(dir=args.out).close()  # not allowed: say so before training
+        if results.exists() and not is_ours(results):
+            parser.error(f"{results} is not from this program and would be replaced: move it, or"
+                         " give another --out")  # fmt: skip
+    except ValueError as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror}: give another --out")
     return args
 
 
+def is_ours(results: Path) -> bool:
+    """Whether this program wrote that results.json; damaged, it can't be told."""
+    try:
+        return {"energy", "rms", "settings"} <= json.loads(results.read_text()).keys()
+    except (ValueError, AttributeError):
+        return False
+
+
 def main(argv: list[str] | None = None) -> None:
-    args, started = parse(argv), time.perf_counter()
+    args = parse(argv)
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        raise SystemExit("toy_2d.py: stopped; the same command starts over") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise SystemExit(f"toy_2d.py: {error.filename or args.out}: {reason}; mend that, or give"
+                         " another --out") from None  # fmt: skip
+
+
+def run(args: Namespace) -> None:
+    started = time.perf_counter()
     torch.set_num_threads(1)  # tensors are small: more would only wait for each other
     data, shift, config, iterations = FLOWS[args.flow], args.shift, args.config, args.iterations
     steps = sorted({*STEPS, few := args.N})
@@ -353,7 +407,8 @@ def main(argv: list[str] | None = None) -> None:
             lams[f"{n} steps"][i] = sc.optimal_scale(kept[i], base, validation, times).item()
     results = dict(energy=energy, rms=rms, floor=floor, scales=scales, errors=errors, lams=lams)
     results["settings"] = {name: str(value) for name, value in vars(args).items()}
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    with whole(out / "results.json") as part:
+        part.write_text(json.dumps(results, indent=1) + "\n")
 
     samplers = [(f"{first}, {steps} steps", base, steps, COLORS[0]) for steps in (few, FINE_STEPS)]
     samplers += [(f"{second}, {few} steps", student, few, COLORS[1])]
