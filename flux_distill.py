@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import textwrap
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
@@ -29,6 +30,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+
+if "ipykernel" not in sys.modules:  # a notebook's backend stays in the notebook: no figure needs it
+    os.environ.pop("MPLBACKEND", None)
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
