@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -21,6 +22,7 @@ import textwrap
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from argparse import RawDescriptionHelpFormatter as RawFormatter
+from collections import Counter
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -349,44 +351,172 @@ def read_prompts(args: Namespace) -> tuple[list[str], list[str]]:
     return lines, held_out
 
 
+OPTION = re.compile(
+    r"(?<!\S)--[A-Za-z]\S*"
+)  # of kohya's scripts or Midjourney: --w 1024, --ar 16:9
+
+
 def tidy(text: str) -> str:
     return " ".join(text.split())
 
 
-def read_images(folder: Path) -> list[tuple[Path, str]]:
-    """Images and their captions; what can't be used is named, counted and left out."""
-    if not folder.is_dir():
-        die(f"--images {folder} is no folder")
-    kinds = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-    pairs, skipped = [], []
-    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in kinds):
-        try:
-            open_image(path, 64)
-            if not (caption := tidy(path.with_suffix(".txt").read_text("utf-8-sig"))):
-                raise ValueError(f"{path.stem}.txt is empty")
-            pairs.append((path, caption))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            skipped.append(f"{path.name}, {path.stem}.txt: {error}")
-    if skipped:
-        print(f"skipped {len(skipped)}, kept {len(pairs)} images:", *skipped, sep="\n  ")
+def read_images(args: Namespace) -> list[tuple[Path, str, list]]:
+    """Images, captions and prints of the images' files; what can't be used is named and counted."""
+    if not args.images.is_dir():
+        die(f"--images {args.images} is no folder: give one with images, and captions in NAME.txt")
+    pairs, skipped, notes = list_images(args.images)
+    checked = check_images(args, pairs)
+    skipped += [f"{path.name}: {checked[path].fault}" for path, _ in pairs if checked[path].fault]
+    pairs = [(*pair, checked[pair[0]].print) for pair in pairs if not checked[pair[0]].fault]
+    flat = [path.name for path, *_ in pairs if checked[path].flat]
+    if flat:
+        notes.append(f"kept {counted(flat, 'image')} of one value all over ({some(flat)}): remove"
+                     " what should not be trained on")  # fmt: skip
+    if args.lead and skipped:
+        print(f"skipped {len(skipped)}, kept {len(pairs)} images; mend these to use them:")
+        print("  " + some(skipped, "\n  "))
+    if args.lead and notes:
+        print(*notes, sep="\n")
     if not pairs:
-        die(f"--images {folder} has no image with a caption: NAME.png goes with NAME.txt")
+        die(f"--images {args.images} has no image with a caption: NAME.png goes with NAME.txt")
     return pairs
 
 
+def list_images(folder: Path) -> tuple[list[tuple[Path, str]], list[str], list[str]]:
+    """Images with their captions, why others are skipped, and notes on all else that lies there.
+
+    Hidden files are ignored, sub-folders are not searched.
+    """
+    Image.init()
+    kinds = Image.registered_extensions()
+    visible = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    folders = [path for path in visible if path.is_dir()]
+    files = [path for path in visible if not path.is_dir()]
+    images = [path for path in files if path.suffix.lower() in kinds]
+    captions = {path.stem: path for path in files if path.suffix.lower() == ".txt"}
+    pairs, skipped, with_options = [], [], []
+    for path in images:
+        try:
+            caption = read_caption(captions.get(path.stem, path.with_suffix(".txt")))
+        except ValueError as error:
+            skipped.append(f"{path.name}: {error}")
+            continue
+        pairs.append((path, caption))
+        if OPTION.search(caption):
+            with_options.append(path.stem + ".txt")
+
+    notes = []
+    alone = sorted(captions.keys() - {path.stem for path in images})
+    if alone:
+        names = some([captions[stem].name for stem in alone])
+        notes.append(f"ignored {counted(alone, 'caption')} without an image ({names}): add the"
+                     " images if they should be there")  # fmt: skip
+    if with_options:
+        names = some(with_options)
+        notes.append(f"kept {counted(with_options, 'caption')} with options like --ar 16:9, which"
+                     f" are trained on as words ({names}): remove them from the text")  # fmt: skip
+    if folders:
+        inside = [path for path in folder.glob("*/**/*") if path.suffix.lower() in kinds]
+        names = some([path.name for path in folders])
+        notes.append(f"did not search {counted(folders, 'sub-folder')} with"
+                     f" {counted(inside, 'image')} ({names}): move images and captions up to use"
+                     " them")  # fmt: skip
+    known = {*images, *captions.values()}
+    others = [path for path in files if path not in known]
+    if others:
+        counts = Counter(path.suffix.lower() or "no suffix" for path in others).most_common()
+        names = some([f"{number} {suffix}" for suffix, number in counts])
+        notes.append(f"ignored {counted(others, 'file')} of other kinds ({names}): convert any"
+                     " images among them to PNG")  # fmt: skip
+    return pairs, skipped, notes
+
+
+def read_caption(path: Path) -> str:
+    """ValueError says why there is none."""
+    try:
+        caption = tidy(path.read_text("utf-8-sig"))
+    except FileNotFoundError:
+        raise ValueError(f"it has no caption {path.name}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path.name} is not UTF-8 text") from None
+    except OSError as error:
+        raise ValueError(f"{path.name} can't be read ({error.strerror})") from None
+    if not caption:
+        raise ValueError(f"{path.name} is empty")
+    return caption
+
+
+def counted(things: list, noun: str) -> str:
+    return f"{len(things)} {noun}" if len(things) == 1 else f"{len(things)} {noun}s"
+
+
+def some(names: list[str], separator: str = ", ", most: int = 20) -> str:
+    """The first names, and how many more there are."""
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return separator.join([*names[:most], *more])
+
+
+def check_images(args: Namespace, pairs: list[tuple[Path, str]]) -> dict[Path, Namespace]:
+    """A print of each file, what is wrong with it, and whether it is flat: of one value all over.
+
+    Only images that --out has no latents of are opened, each by one process.
+    """
+    checked = {}
+    mine = pairs[args.process :: args.processes]
+    for path, caption in tqdm(mine, "check images", unit="image", **args.quiet):
+        found = checked[path] = Namespace(print=None, fault=None, flat=False)
+        try:
+            found.print = file_print(path)
+            if not latent_file(args, latent_key(args, [caption, *found.print])).exists():
+                pixels = open_image(path, 64)
+                spread = pixels.amax((2, 3)) - pixels.amin((2, 3))
+                found.flat = spread.max().item() < 3 / 255  # one of 255 levels
+        except Exception as error:  # Pillow's readers raise whatever they stumble over
+            found.fault = str(error) or type(error).__name__
+    if args.processes == 1:
+        return checked
+    shares = [None] * args.processes
+    with explain(
+        f"process {args.process} lost another one; the same command goes on", RuntimeError
+    ):
+        dist.all_gather_object(shares, checked)
+    return {path: found for share in shares for path, found in share.items()}
+
+
 def open_image(path: Path, resolution: int) -> Tensor:
-    """Picture (1, 3, H, W) in [-1, 1], cut to the bucket of the nearest shape."""
+    """Image (1, 3, H, W) in [-1, 1], the first frame, cut to the bucket of the nearest shape."""
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":  # 16 bits a pixel
-            values = np.asarray(image, np.float32)
-            image = Image.fromarray((values / max(values.max(), 65535) * 255).astype(np.uint8))
+        if image.mode[0] in "IF":
+            image = eight_bits(image)
         image = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     shape, buckets = math.log(image.height / image.width), generate_aspect_ratio_buckets(resolution)
     height, width = min(buckets, key=lambda b: abs(math.log(b[0] / b[1]) - shape))
     image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     return VaeImageProcessor(do_resize=False).preprocess(image)
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 or 32 bits a pixel (modes I;16, I and F) in 8 bits; black is 0.
+
+    White is 65535 for 16-bit integers. For others it is the least of 1 (floats only), 255, 65535
+    and 2^31 - 1 (integers only) that no value exceeds. Floats may exceed black and white by a
+    quarter of the range, as resampled ones do: they are clipped. ValueError for all else.
+    """
+    values = np.asarray(image).astype(np.float64)
+    low, high = values.min(), values.max()
+    if not np.isfinite(low + high):
+        raise ValueError("it has NaN or infinity among its values")
+    whites, slack = [65535], 0.0
+    if image.mode == "I":
+        whites = [255, 65535, 2**31 - 1]
+    if image.mode == "F":
+        whites, slack = [1, 255, 65535], 0.25
+    white = next((white for white in whites if high <= (1 + slack) * white), 0)
+    if not white or low < -slack * white:
+        raise ValueError(f"its values run from {low:g} to {high:g}: save it with 8 or 16 bits")
+    return Image.fromarray((255 * (values / white).clip(0, 1)).round().astype(np.uint8))
 
 
 def make_cache(args: Namespace) -> None:
@@ -407,6 +537,15 @@ def make_cache(args: Namespace) -> None:
                 if path in bad:
                     write_tensors(path, tensors, {"key": keys[i]})
         add_up(args, torch.zeros(1, device=args.device))  # wait for all
+
+
+def latent_key(args: Namespace, item: list) -> str:
+    """Identifies latents by all that they are made from."""
+    return digest([args.model_print, args.device, args.resolution, *item])
+
+
+def latent_file(args: Namespace, key: str) -> Path:
+    return args.out / "cache" / f"latent-{key}.safetensors"
 
 
 def entry(args: Namespace, kind: str, i: int) -> Path:
@@ -1029,21 +1168,22 @@ def prepare(args: Namespace) -> None:
             )
         return
     prompts, held_out = read_prompts(args)
-    pairs = read_images(args.images) if args.images else [(None, prompt) for prompt in prompts]
+    pairs = read_images(args) if args.images else [(None, prompt, None) for prompt in prompts]
     secret = {text.casefold() for text in held_out}
     pairs = [p for p in pairs if p[1].casefold() not in secret][: args.limit or None]
     if not pairs:
         die(f"--images {args.images} has only captions that are held-out prompts")
-    args.texts = list(dict.fromkeys([*held_out, *(caption for _, caption in pairs)]))
-    args.pairs = [Namespace(file=file, text=args.texts.index(text)) for file, text in pairs]
+    args.texts = list(dict.fromkeys([*held_out, *(text for _, text, _ in pairs)]))
+    places = {text: i for i, text in enumerate(args.texts)}
+    args.pairs = [Namespace(file=file, text=places[text]) for file, text, _ in pairs]
     third = max(1, len(held_out) // 3)
     args.validation = list(range(third))
     args.comparison = list(range(third, len(held_out)))
     drawn = [args.seed, args.shift_range, args.quantize, FINE, POOL_GUIDANCE]
-    data = [[text, *(file_print(f) if f else (i, *drawn))] for i, (f, text) in enumerate(pairs)]
+    data = [[text, *(mark or (i, *drawn))] for i, (_, text, mark) in enumerate(pairs)]
     args.keys = {
         "text": [digest([model, args.device, TEXT_TOKENS, text]) for text in args.texts],
-        "latent": [digest([model, args.device, args.resolution, *item]) for item in data],
+        "latent": [latent_key(args, item) for item in data],
     }
     names = """resolution student_steps paper shift_range iterations batch accumulate learning_rate
                warmup rank layers quantize seed stop_when_matched"""

@@ -29,6 +29,7 @@ from tiny_runs import (
     copied,
     edited,
     fd,
+    folder_of,
     picture,
     prepared,
     run,
@@ -627,13 +628,14 @@ def test_bad_images_and_captions_are_named_counted_and_skipped(tmp_path, capsys)
     (tmp_path / "d.txt").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "e.png").write_bytes(b"")
     (tmp_path / "f.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])
-    assert fd.read_images(tmp_path) == [(tmp_path / "a.png", "a red circle")]
+    print_of_a = fd.file_print(tmp_path / "a.png")
+    assert fd.read_images(folder_of(tmp_path)) == [(tmp_path / "a.png", "a red circle", print_of_a)]
     said = capsys.readouterr().out
     assert "skipped 5, kept 1" in said
     assert all(name in said for name in ("b.txt", "c.png", "d.txt", "e.png", "f.png"))
     with pytest.raises(SystemExit, match="no image with a caption"):
         (tmp_path / "a.txt").unlink()
-        fd.read_images(tmp_path)
+        fd.read_images(folder_of(tmp_path))
 
 
 def test_training_on_images_of_several_shapes(tmp_path):

@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
+import time
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-from tiny_runs import fd
+from tiny_runs import SMALL, fd, folder_of, picture, prepared
 
 ROOT = Path(fd.__file__).parent
 
@@ -23,3 +27,178 @@ def test_the_backend_of_a_notebook_does_not_matter(script, backend):
     code = f"import {script}; import matplotlib.animation"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True)
     assert done.returncode == 0, done.stderr[-500:]
+
+
+# ------------------------------------------------------------------------------------------- images
+
+RAMP = np.linspace(0, 1, 4096).reshape(64, 64)
+DEEP = {  # name of a file: values of a ramp from black to white, as they are in it
+    "unit.tif": RAMP.astype("f4"),
+    "float255.tif": (255 * RAMP).astype("f4"),
+    "float65535.tif": (65535 * RAMP).astype("f4"),
+    "overshoot.tif": (1.3 * RAMP - 0.15).clip(-0.1, 1.1).astype("f4"),
+    "16.png": (65535 * RAMP).astype("u2"),
+    "16.tif": (65535 * RAMP).astype("u2"),
+    "big-endian.tif": (65535 * RAMP).astype(">u2"),
+    "int255.tif": (255 * RAMP).astype("i4"),
+    "int65535.tif": (65535 * RAMP).astype("i4"),
+    "int32.tif": ((2**31 - 1) * RAMP).astype("i4"),
+    "16.pgm": (65535 * RAMP).astype("u2"),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_a_ramp_of_more_than_8_bits_is_the_ramp(tmp_path, name):
+    Image.fromarray(DEEP[name]).save(tmp_path / name)
+    pixels = fd.open_image(tmp_path / name, 64)[0, 0].numpy() / 2 + 0.5
+    expected = RAMP if name != "overshoot.tif" else (1.3 * RAMP - 0.15).clip(0, 1)
+    np.testing.assert_allclose(pixels, expected, rtol=0, atol=1.01 / 255)
+
+
+def test_16_bit_integers_are_never_stretched(tmp_path):
+    """A dark image stays dark: the kind of file says where white is, not its brightest pixel."""
+    Image.fromarray((6554 * RAMP).astype("u2")).save(tmp_path / "dark.png")
+    assert abs(fd.open_image(tmp_path / "dark.png", 64).max().item() - (0.1 * 2 - 1)) < 0.01
+
+
+@pytest.mark.parametrize(("values", "said"), [
+    (np.where(RAMP > 0.5, np.nan, RAMP), "NaN or infinity"),
+    (np.where(RAMP > 0.5, np.inf, RAMP), "NaN or infinity"),
+    (2 * RAMP - 1, "values run from -1 to 1: save it with 8 or 16 bits"),
+    (1e6 * RAMP, r"values run from 0 to 1e\+06"),
+])  # fmt: skip
+def test_floats_without_black_and_white_are_refused(tmp_path, values, said):
+    Image.fromarray(values.astype("f4")).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=said):
+        fd.open_image(tmp_path / "a.tif", 64)
+
+
+def test_negative_integers_are_refused(tmp_path):
+    Image.fromarray((1000 * RAMP - 500).astype("i4")).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="values run from -500 to 500"):
+        fd.open_image(tmp_path / "a.tif", 64)
+
+
+def test_the_first_frame_and_a_transparent_palette(tmp_path):
+    red, blue = (Image.new("RGB", (64, 64), color) for color in ("red", "blue"))
+    for name in ("a.gif", "a.tif", "a.webp", "a.png"):
+        red.save(tmp_path / name, save_all=True, append_images=[blue], lossless=True)
+        x = fd.open_image(tmp_path / name, 64)[0]
+        assert x[0].min() > 0.98 and x[1:].max() < -0.98
+    holes = Image.new("P", (64, 64))
+    holes.putpalette([0, 0, 0, 255, 0, 0])
+    holes.paste(1, (0, 0, 32, 64))
+    for name in ("b.png", "b.gif"):
+        holes.save(tmp_path / name, transparency=0)
+        x = fd.open_image(tmp_path / name, 64)[0]
+        assert (x[:, :, 40:] == 1).all() and (x[1:, :, :24] == -1).all()  # white behind, red
+
+
+def test_all_that_lies_in_a_folder_is_used_or_named(tmp_path, capsys):
+    for name in ("ok.png", "b.gif", "c.avif", "d.PNG", "e.jp2", "lonely.png"):
+        picture("RGB").save(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text("a red circle")
+    (tmp_path / "lonely.png").unlink()
+    (tmp_path / "d.txt").rename(tmp_path / "d.TXT")
+    (tmp_path / "ok.txt").write_text("a red circle --ar 16:9")
+    (tmp_path / "sub" / "deep").mkdir(parents=True)
+    for name in ("sub/c.png", "sub/deep/d.png"):
+        picture("RGB").save(tmp_path / name)
+    for name in ("meta.json", "more.json", "Thumbs.db", "LICENSE", ".DS_Store", "._ok.png"):
+        (tmp_path / name).write_bytes(b"x")
+    Image.new("RGB", (64, 64), "green").save(tmp_path / "flat.png")
+    (tmp_path / "flat.txt").write_text("green")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "gone.txt").write_text("a red circle")
+    names = [path.name for path, *_ in fd.read_images(folder_of(tmp_path))]
+    assert names == ["b.gif", "c.avif", "d.PNG", "e.jp2", "flat.png", "ok.png"]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "skipped 1, kept 6 images; mend these to use them:"
+    assert said[1].startswith("  gone.png: ")
+    assert said[2:] == [
+        "ignored 1 caption without an image (lonely.txt): add the images if they should be there",
+        "kept 1 caption with options like --ar 16:9, which are trained on as words (ok.txt): remove"
+        " them from the text",
+        "did not search 1 sub-folder with 2 images (sub): move images and captions up to use them",
+        "ignored 4 files of other kinds (2 .json, 1 no suffix, 1 .db): convert any images among"
+        " them to PNG",
+        "kept 1 image of one value all over (flat.png): remove what should not be trained on",
+    ]
+
+
+def test_a_clean_folder_says_nothing_and_a_long_list_ends(tmp_path, capsys):
+    picture("RGB").save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a red circle")
+    fd.read_images(folder_of(tmp_path))
+    assert capsys.readouterr().out == ""
+    for i in range(30):
+        (tmp_path / f"{i:02d}.png").write_bytes(b"no image")
+    fd.read_images(folder_of(tmp_path))
+    said = capsys.readouterr().out
+    assert "skipped 30, kept 1" in said and "19.png" in said
+    assert "20.png" not in said and said.endswith("  and 10 more\n")
+
+
+def image_folder(tmp_path, count=3) -> Path:
+    (folder := tmp_path / "images").mkdir()
+    for i in range(count):
+        picture("RGB").save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a red circle {i}")
+    return folder
+
+
+def test_images_are_opened_once_and_the_same_pairs_are_found_again(tmp_path, monkeypatch):
+    folder, out = image_folder(tmp_path), tmp_path / "out"
+    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:200])
+    first = prepared(out, "--images", folder)
+    opened, real = [], fd.open_image
+    monkeypatch.setattr(fd, "open_image", lambda path, _: opened.append(path.name) or real(path, _))
+    again = prepared(out, "--images", folder)
+    assert opened == ["2.png"]  # the damaged one has no latents
+    assert again.keys == first.keys and again.key == first.key and len(again.pairs) == 2
+
+
+PREPARE = """
+import sys
+import time
+from argparse import Namespace
+sys.path.insert(0, {root!r})
+import flux_distill as fd
+opened, real = [], fd.open_image
+fd.open_image = lambda path, resolution: opened.append(path.name) or real(path, resolution)
+args = fd.parse(sys.argv[1:])
+fd.prepare(args)
+print("opened", *opened, "of", *(pair.file.name for pair in args.pairs), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_processes_share_the_opening_of_images(tmp_path):
+    folder = image_folder(tmp_path, 4)
+    (folder / "1.png").write_bytes(b"")
+    (script := tmp_path / "prepare.py").write_text(PREPARE.format(root=str(ROOT)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script]
+    command += [*SMALL.split(), "--out", tmp_path / "out", "--images", folder]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    said = sorted(line for line in done.stdout.splitlines() if line.startswith("opened"))
+    kept = " of 0.png 2.png 3.png"
+    assert said == ["opened 0.png 2.png" + kept, "opened 1.png 3.png" + kept], done.stderr[-2000:]
+    assert done.stdout.count("skipped 1") == 1
+
+
+def test_pairs_are_identified_as_before():
+    """By these keys runs recognise their cache and results: they must not change."""
+    item = ["a red circle", 123, "0123abcd"]
+    settings = Namespace(model_print="model", device="cpu", resolution=512)
+    assert fd.latent_key(settings, item) == fd.digest(["model", "cpu", 512, *item])
+
+
+def test_many_prompts_are_read_in_linear_time(tmp_path):
+    lines = [f"a red circle number {i}" for i in range(100_000)]
+    (tmp_path / "many.txt").write_text("\n".join(lines))
+    flags = ["--prompts", tmp_path / "many.txt", "--limit", 0, "--out", tmp_path / "out"]
+    args = fd.parse([*SMALL.split(), *map(str, flags)])
+    started = time.process_time()
+    fd.prepare(args)
+    assert time.process_time() - started < 15  # 3 s; by searching the list for each it took 40
+    assert args.texts[args.pairs[-1].text] == lines[-4] and len(args.pairs) == 99_997
