@@ -61,10 +61,13 @@ FINE = 32  # steps of the teacher that stand for all of its quality
 STEPS = (2, 3, 4, 6, 8)  # watched while training, calibrated and compared; with --student-steps
 TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
 TEXT_SIDE = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2")
-TEXT_TOKENS = 256  # of T5, or fewer where its tokenizer's longest text is shorter
+TEXT_TOKENS, MOST_TEXT_TOKENS = 256, 512  # of T5: by default, and the longest text it knows
 MAX_GUIDANCE, POOL_GUIDANCE = 8.0, 3.5  # training draws it from [0, 8]; for what the teacher draws
 TORCHRUN = (("RANK", 0), ("WORLD_SIZE", 1))  # what it sets, and what holds without it
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+OPTION = re.compile(r"(?<!\S)--[A-Za-z]\S*")  # in prompts for other tools: --w 1024, --ar 16:9
+SAMPLING = """model out sample student_steps resolution guidance shift seed batch quantize
+text_tokens"""  # the settings that --sample obeys
 SMALLER = """what helps, in this order: gradient checkpointing (no --no-checkpointing), --batch 4 \
 --accumulate 2 (down to --batch 1), --rank 16, --quantize int8, --layers blocks, --resolution 256"""
 PROMPTS = """a red fox asleep in fresh snow, soft morning light; a bowl of ramen, seen from above
@@ -192,7 +195,7 @@ def locate(args: Namespace) -> Path:
     if not config.get("guidance_embeds"):
         die(f"{name} takes no guidance: FLUX.1-schnell and its like sample in 4 steps already")
     if args.sample:
-        args.resolution = read_adapter(args)["resolution"]
+        follow_adapter(args)
     args.size = (args.resolution // 2**halvings,) * 2
     if not args.sample:
         check_memory(args, config)
@@ -213,7 +216,7 @@ def check_memory(args: Namespace, config: dict) -> None:
     lora = args.rank * sum(sum(net.get_submodule(name).weight.shape) for name in targets(args, net))
     blocks, width = len([*net.transformer_blocks, *net.single_transformer_blocks]), 2 if gpu else 4
     kept = blocks + 45 if args.checkpointing else 28 * blocks  # activations a token, of its width
-    tokens = args.batch * (math.prod(args.size) + TEXT_TOKENS)
+    tokens = args.batch * (math.prod(args.size) + args.text_tokens)
     base = parameters * (1 if args.quantize else width)
     if args.quantize and not args.checkpointing:
         base += parameters * width  # torchao computes with copies, autograd keeps them
@@ -339,21 +342,35 @@ class Adapter:
 
 
 def read_prompts(args: Namespace) -> tuple[list[str], list[str]]:
-    """All prompts, and the last --held-out different ones, which are not trained on."""
-    text, unreadable = PROMPTS.replace("; ", "\n"), (OSError, UnicodeDecodeError)
-    with explain(f"--prompts {args.prompts} can't be read as a text file", *unreadable):
-        text = args.prompts.read_text("utf-8-sig") if args.prompts else text
-    lines = [line for line in map(tidy, text.splitlines()) if line]
-    held_out = list(dict.fromkeys(lines))[-args.held_out :]
-    if len(set(lines)) < args.held_out + (not args.images):
-        die(f"--prompts {args.prompts} has {len(set(lines))} different lines: it needs one more"
-            f" than --held-out {args.held_out}")  # fmt: skip
-    return lines, held_out
+    """All prompts, and the last --held-out different ones, which are not trained on.
+
+    Blank lines and lines that start with # are no prompts.
+    """
+    lines, source = PROMPTS.replace("; ", "\n").splitlines(), "the built-in list"
+    if args.prompts:
+        source = f"--prompts {args.prompts}"
+        with explain(f"{source} can't be read as a text file: give one in UTF-8, a prompt a line",
+                     OSError, UnicodeDecodeError):  # fmt: skip
+            lines = args.prompts.read_text("utf-8-sig").splitlines()
+    prompts = []
+    for number, line in enumerate(map(tidy, lines), 1):
+        if line and not line.startswith("#"):
+            refuse_options(line, f"{source}, line {number}")
+            prompts.append(line)
+    different = len({prompt.casefold() for prompt in prompts})
+    needed = args.held_out + (not args.images)
+    if different < needed:
+        die(f"{source} has {different} different prompts, upper and lower case being the same, and"
+            f" --held-out {args.held_out} needs {needed}: give --prompts a longer file, or give a"
+            " smaller --held-out")  # fmt: skip
+    return prompts, list(dict.fromkeys(prompts))[-args.held_out :]
 
 
-OPTION = re.compile(
-    r"(?<!\S)--[A-Za-z]\S*"
-)  # of kohya's scripts or Midjourney: --w 1024, --ar 16:9
+def refuse_options(prompt: str, where: str) -> None:
+    option = OPTION.search(prompt)
+    if option:
+        die(f"{where} has the option {option.group()}: prompts take no options here, remove it from"
+            " the text (size, guidance and seed are flags of the command)")  # fmt: skip
 
 
 def tidy(text: str) -> str:
@@ -527,6 +544,7 @@ def make_cache(args: Namespace) -> None:
     make = {"text": encode_text, "latent": encode_image if args.images else sample_teacher}
     for kind, keys in args.keys.items():
         starts = range(0, len(keys), args.batch)[args.process :: args.processes]
+        made = []
         for start in tqdm(starts, f"cache: {kind}s", unit="batch", **args.quiet):
             rows = range(len(keys))[start : start + args.batch]
             paths = [entry(args, kind, i) for i in rows]
@@ -536,6 +554,9 @@ def make_cache(args: Namespace) -> None:
             for path, i, tensors in zip(paths, rows, make[kind](args, rows)) if bad else ():
                 if path in bad:
                     write_tensors(path, tensors, {"key": keys[i]})
+                    made.append(i)
+        if kind == "text" and made:
+            name_cut_texts(args, made)
         add_up(args, torch.zeros(1, device=args.device))  # wait for all
 
 
@@ -567,10 +588,34 @@ def read(args: Namespace, kind: str, rows) -> dict[str, Tensor]:
 def encode_text(args: Namespace, rows: range):
     """Embeddings of prompts: text (T, D) of T5, pooled (d,) of CLIP."""
     pipe = load(args, "text")
-    length = min(TEXT_TOKENS, pipe.tokenizer_2.model_max_length)
+    length = text_length(args, pipe)
     for i in rows:
         text, pooled, _ = pipe.encode_prompt(*[args.texts[i]] * 2, max_sequence_length=length)
         yield {"text": text[0], "pooled": pooled[0]}
+
+
+def text_length(args: Namespace, pipe: FluxPipeline) -> int:
+    """Tokens of T5 that a text is padded or cut to."""
+    most = pipe.tokenizer_2.model_max_length
+    if "text_tokens" in args.given and args.text_tokens > most:
+        die(f"--text-tokens {args.text_tokens} is more than the {most} of the tokenizer of --model"
+            f" {args.model}: give at most {most}")  # fmt: skip
+    return min(args.text_tokens, most)
+
+
+def name_cut_texts(args: Namespace, rows: list[int]) -> None:
+    """Say which of these texts are longer than the encoder's input."""
+    pipe = load(args, "text")
+    length, most = text_length(args, pipe), pipe.tokenizer_2.model_max_length
+    texts = [args.texts[i] for i in rows]
+    sizes = [len(ids) for ids in pipe.tokenizer_2(texts, truncation=False).input_ids]
+    cut = [f"{size} tokens: {text[:60]}" for text, size in zip(texts, sizes) if size > length]
+    if cut:
+        advice = "shorten them"
+        if length < min(most, MOST_TEXT_TOKENS):
+            advice += f", or give --text-tokens up to {min(most, MOST_TEXT_TOKENS)}"
+        tqdm.write(f"cut {len(cut)} of {counted(texts, 'text')} to {length} tokens; {advice}:")
+        tqdm.write("  " + some(cut, "\n  ", most=5))
 
 
 @torch.no_grad()
@@ -907,12 +952,23 @@ def read_adapter(args: Namespace) -> dict:
     return adapter
 
 
-def load_student(args: Namespace) -> tuple[FluxPipeline, dict]:
-    """A stock pipeline with the saved adapter at its recommended scale, and what its file says."""
+def follow_adapter(args: Namespace) -> None:
+    """Render as the saved adapter was made to, in all that no flag says otherwise."""
     adapter = read_adapter(args)
-    args.shift, pipe = adapter["shift"], load(args, "fresh")
+    adapter["text_tokens"] = adapter["max_sequence_length"]
+    for name in {"student_steps", "resolution", "guidance", "shift", "text_tokens"} - args.given:
+        setattr(args, name, adapter[name])
+    if args.student_steps not in adapter["scales"]:
+        *steps, last = map(str, sorted(adapter["scales"]))
+        die(f"--student-steps {args.student_steps}: the adapter in --out {args.out} has scales for"
+            f" {', '.join(steps)} or {last} steps, give one of these")  # fmt: skip
+
+
+def load_student(args: Namespace) -> tuple[FluxPipeline, dict]:
+    """A stock pipeline with the saved adapter at its calibrated scale, and what its file says."""
+    adapter, pipe = read_adapter(args), load(args, "fresh")
     pipe.load_lora_weights(args.out, weight_name=LORA, adapter_name="student")
-    pipe.set_adapters("student", adapter["scales"][adapter["student_steps"]])
+    pipe.set_adapters("student", adapter["scales"][args.student_steps])
     return pipe, adapter
 
 
@@ -1054,14 +1110,15 @@ def card(args: Namespace, results: dict) -> str:
 
 
 def render(args: Namespace) -> None:
-    """--sample: pictures of prompts by the saved adapter, as its card recommends."""
+    """--sample: images of prompts by the saved adapter, as its card recommends or flags say."""
     args.texts, rows = args.sample, range(len(args.sample))
     texts = list(encode_text(args, rows))
-    pipe, adapter = load_student(args)
+    name_cut_texts(args, rows)
+    pipe, _ = load_student(args)
     cond = {name: torch.stack([text[name] for text in texts]) for name in texts[0]}
-    cond["guidance"] = torch.full((len(rows),), adapter["guidance"])
+    cond["guidance"] = torch.full((len(rows),), args.guidance)
     noise = noises(args, [("sample", i) for i in rows])
-    latents = sample(args, pipe, cond, noise, adapter["student_steps"])
+    latents = sample(args, pipe, cond, noise, args.student_steps)
     for i, picture in enumerate(decode(pipe, latents, args.size)):
         name = "".join(c if c.isalnum() else "-" for c in args.sample[i])[:60]
         with atomic(path := args.out / "samples" / f"{i:02d}-{name}.png") as part:
@@ -1103,15 +1160,19 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--noises", type=at_least(2), default=2, metavar="K", help="for each of those")
     add("--limit", type=number, default=0, metavar="K", help="train on the first K pairs; 0: all")
     add("--resolution", type=at_least(16, 16), default=512, help="pixels, a multiple of 16")
+    add("--text-tokens", type=count, default=TEXT_TOKENS, metavar="K",
+        help=f"of T5 for a prompt or caption, at most {MOST_TEXT_TOKENS}; longer texts are cut")
     add("--out", type=Path, default=Path("flux_out"), help="folder for all that is written")
-    add("--sample", nargs="+", metavar="PROMPT", help="only render these, by the adapter in --out")
+    add("--sample", nargs="+", metavar="PROMPT", help="only render these, by the adapter in --out;"
+        " also --student-steps, --resolution, --guidance, --shift are by default as it was made")
     add = parser.add_argument_group("method").add_argument
     add("--student-steps", type=count, default=3, metavar="N", help="step count to build for")
     add("--paper", action="store_true", help="the paper's windows and share, whatever N is")
     add("--shift-range", type=float, nargs=2, default=(2.5, 4.5), metavar=("LOW", "HIGH"),
         help="of the time shift in training; its middle is what the windows are matched to")
     add("--shift", type=positive, default=3.0, help="of time in sampling; see --shift-range")
-    add("--guidance", type=float, default=3.5, help="of sampling; training draws it from [0, 8]")
+    add("--guidance", type=at_least(0.0), default=3.5,
+        help="of sampling; training draws it from [0, 8]")
     add = parser.add_argument_group("training").add_argument
     add("--iterations", type=count, default=3000, help="optimizer steps")
     add("--batch", type=count, default=8, help="pairs in a pass through the network")
@@ -1130,15 +1191,49 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--stop-when-matched", action="store_true", help="end at lam* of 1.05, or when it stalls")
     # fmt: on
     args = parser.parse_args(argv)
+    args.given = given(parser, argv, args)
+    refuse_useless(parser, args)
     windows = {} if args.paper else dict(student_steps=args.student_steps, teacher_ratio=None)
     if args.quantize and not find_spec("torchao"):
         parser.error("--quantize int8 needs torchao: pip install torchao")
     try:
-        args.config = sc.ShortcutConfig(shift_range=args.shift_range, **windows)
+        if not args.sample:
+            args.config = sc.ShortcutConfig(shift_range=args.shift_range, **windows)
         args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return args
+
+
+def given(parser: ArgumentParser, argv: list[str] | None, args: Namespace) -> set[str]:
+    """Names of the settings that flags gave: argparse keeps what a namespace holds already."""
+    blank = Namespace(**dict.fromkeys(vars(args)))
+    parsed = vars(parser.parse_args(argv, blank))
+    return {name for name, value in parsed.items() if value is not None}
+
+
+def refuse_useless(parser: ArgumentParser, args: Namespace) -> None:
+    """No flag is ignored in silence."""
+    if args.text_tokens > MOST_TEXT_TOKENS:
+        parser.error(f"--text-tokens {args.text_tokens}: Flux knows texts of at most"
+                     f" {MOST_TEXT_TOKENS} tokens, give at most that")  # fmt: skip
+    if args.sample:
+        names = sorted(args.given - set(SAMPLING.split()))
+        flags = ", ".join("--" + name.replace("_", "-") for name in names)
+        if flags:
+            flags = flags.replace("--checkpointing", "--no-checkpointing")
+            parser.error(f"--sample only renders, and {flags} would change nothing: leave out all"
+                         " flags of training")  # fmt: skip
+        for prompt in args.sample:
+            refuse_options(prompt, f"--sample '{prompt[:60]}'")
+    if args.warmup > args.iterations:
+        parser.error(f"--warmup {args.warmup} ends after the last of --iterations"
+                     f" {args.iterations}, before --learning-rate is reached: give a shorter"
+                     " --warmup")  # fmt: skip
+    if args.stop_when_matched and args.validate_every >= args.iterations:
+        parser.error("--stop-when-matched looks at validations, and --validate-every"
+                     f" {args.validate_every} has none before the last of --iterations"
+                     f" {args.iterations}: give a smaller --validate-every")  # fmt: skip
 
 
 def prepare(args: Namespace) -> None:
@@ -1170,9 +1265,13 @@ def prepare(args: Namespace) -> None:
     prompts, held_out = read_prompts(args)
     pairs = read_images(args) if args.images else [(None, prompt, None) for prompt in prompts]
     secret = {text.casefold() for text in held_out}
-    pairs = [p for p in pairs if p[1].casefold() not in secret][: args.limit or None]
-    if not pairs:
-        die(f"--images {args.images} has only captions that are held-out prompts")
+    pairs = [p for p in pairs if p[1].casefold() not in secret]
+    if args.lead and args.limit > len(pairs) > 0:
+        print(f"--limit {args.limit} is more than the {len(pairs)} pairs there are: all are used")
+    pairs = pairs[: args.limit or None]
+    if not pairs:  # with prompts alone read_prompts has seen to it
+        die(f"every caption in --images {args.images} is also one of the {len(held_out)} held-out"
+            " prompts: give --prompts a file that ends with other lines")  # fmt: skip
     args.texts = list(dict.fromkeys([*held_out, *(text for _, text, _ in pairs)]))
     places = {text: i for i, text in enumerate(args.texts)}
     args.pairs = [Namespace(file=file, text=places[text]) for file, text, _ in pairs]
@@ -1182,7 +1281,7 @@ def prepare(args: Namespace) -> None:
     drawn = [args.seed, args.shift_range, args.quantize, FINE, POOL_GUIDANCE]
     data = [[text, *(mark or (i, *drawn))] for i, (_, text, mark) in enumerate(pairs)]
     args.keys = {
-        "text": [digest([model, args.device, TEXT_TOKENS, text]) for text in args.texts],
+        "text": [digest([model, args.device, args.text_tokens, text]) for text in args.texts],
         "latent": [latent_key(args, item) for item in data],
     }
     names = """resolution student_steps paper shift_range iterations batch accumulate learning_rate
@@ -1190,6 +1289,8 @@ def prepare(args: Namespace) -> None:
     settings = {"model": model, "data": digest(data)}
     settings |= {name: getattr(args, name) for name in names.split()}
     settings["accumulate"] *= args.processes
+    if args.text_tokens != TEXT_TOKENS:  # runs from before it could be set have no such entry
+        settings["text_tokens"] = args.text_tokens
     if args.stop_when_matched:  # then these decide when it ends
         settings["stop"] = [args.shift, args.guidance, held_out, args.noises, args.validate_every]
     args.settings = json.loads(json.dumps(settings))  # as it will be read
@@ -1197,8 +1298,8 @@ def prepare(args: Namespace) -> None:
     for path in filter(Path.exists, (args.state, args.lora)):
         if not (found := read_metadata(path).get("settings")):
             die(f"{path} is damaged: delete it to make it anew, or give another --out")
-        others = [f"{k} {found.get(k)}, now {v}" for k, v in args.settings.items()
-                  if found.get(k) != v]  # fmt: skip
+        found, now = ({"text_tokens": TEXT_TOKENS} | each for each in (found, args.settings))
+        others = [f"{k} {found.get(k)}, now {v}" for k, v in now.items() if found.get(k) != v]
         if others:
             die(f"--out {args.out} holds a run of other settings ({'; '.join(others)}): repeat"
                 " them, give another --out, or delete it")  # fmt: skip

@@ -565,7 +565,8 @@ def test_cache_and_checkpoint_of_a_finished_run_can_go(done, tmp_path):
 
 def test_sample_refuses_another_model(done, tmp_path):
     folder = edited(tmp_path, "scheduler/scheduler_config.json", base_shift=0.6)
-    says("was made for tiny_flux", "--model", folder, "--out", done, "--sample", "a red circle")
+    with pytest.raises(SystemExit, match="was made for tiny_flux"):
+        fd.main(["--model", str(folder), "--out", str(done), "--sample", "a red circle"])
 
 
 def test_a_changed_weight_is_another_file(tmp_path):
@@ -772,7 +773,7 @@ def test_error_flags(flags, said, tmp_path, capsys):
 def test_error_prompts(tmp_path):
     says("can't be read as a text file", "--prompts", tmp_path / "none.txt", "--out", tmp_path)
     (tmp_path / "few.txt").write_text("one\ntwo\n\n")
-    says("2 different lines", "--prompts", tmp_path / "few.txt", "--out", tmp_path)
+    says("2 different prompts", "--prompts", tmp_path / "few.txt", "--out", tmp_path)
 
 
 def test_error_no_torchao(tmp_path, monkeypatch, capsys):

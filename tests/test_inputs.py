@@ -1,5 +1,6 @@
 """What users give flux_distill.py and toy_2d.py: images, captions, prompts, flags, environment."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-from tiny_runs import SMALL, fd, folder_of, picture, prepared
+from tiny_runs import SMALL, TINY, copied, edited, fd, folder_of, picture, prepared, run, says
 
 ROOT = Path(fd.__file__).parent
 
@@ -202,3 +203,225 @@ def test_many_prompts_are_read_in_linear_time(tmp_path):
     fd.prepare(args)
     assert time.process_time() - started < 15  # 3 s; by searching the list for each it took 40
     assert args.texts[args.pairs[-1].text] == lines[-4] and len(args.pairs) == 99_997
+
+
+# ------------------------------------------------------------------------------------------ prompts
+
+
+def refused(tmp_path, text: str, *flags) -> str:
+    """The sentence that ends a run with these prompts."""
+    (file := tmp_path / "prompts.txt").write_text(text)
+    given = [*SMALL.split(), "--prompts", file, "--out", tmp_path / "out", *flags]
+    args = fd.parse(list(map(str, given)))
+    with pytest.raises(SystemExit) as stopped:
+        fd.prepare(args)
+    assert "None" not in str(stopped.value) and "\n" not in str(stopped.value)
+    return str(stopped.value)
+
+
+def test_prompts_that_differ_in_case_alone_are_one_and_the_sentence_speaks_of_prompts(tmp_path):
+    said = refused(tmp_path, "A Cat\na cat\nb\nc\n", "--held-out", 3)
+    assert "--prompts" in said and "--images" not in said
+    assert "3 different prompts" in said and "--held-out 3 needs 4" in said
+    assert said.endswith("give --prompts a longer file, or give a smaller --held-out")
+
+
+def test_too_few_built_in_prompts_are_called_so():
+    args = Namespace(prompts=None, images=None, held_out=24)
+    with pytest.raises(SystemExit, match=r"the built-in list has 24 different prompts.*needs 25"):
+        fd.read_prompts(args)
+    args.held_out = 23
+    assert len(fd.read_prompts(args)[1]) == 23
+
+
+def test_images_whose_captions_are_all_held_out(tmp_path):
+    folder = image_folder(tmp_path, 2)
+    prompts = "first\nA Red circle 0\na red circle 1\n"
+    said = refused(tmp_path, prompts, "--images", folder, "--held-out", 2)
+    assert f"every caption in --images {folder} is also one of the 2 held-out prompts" in said
+
+
+def test_comments_and_blank_lines_are_no_prompts(tmp_path):
+    text = "\ufeff# a comment\r\n\r\na\r\n  # another\r\nb # no comment\r\nc -- d\r\n"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    args = Namespace(prompts=tmp_path / "a.txt", images=None, held_out=2)
+    prompts = ["a", "b # no comment", "c -- d"]
+    assert fd.read_prompts(args) == (prompts, prompts[1:])
+
+
+@pytest.mark.parametrize(
+    "option", ["--w 1024 --h 1024", "--ar 16:9", "--n blurry", "--d 1", "--S=1"]
+)
+def test_options_in_prompts_are_refused_with_their_line(tmp_path, option):
+    said = refused(tmp_path, f"# mine\n\na cat {option}\na\nb\nc\nd\n")
+    assert f"line 3 has the option {option.split()[0]}: prompts take no options here" in said
+
+
+# ----------------------------------------------------------------------------------- length of text
+
+
+def test_cut_texts_are_counted_and_named(tmp_path, capsys):
+    """The tiny tokenizer takes 8 tokens: of a longer text the rest is lost."""
+    texts = [
+        "a red circle",
+        "a red circle, " * 9,
+        "a blue ring",
+        "a red ring, " * 20,
+        "b",
+        "c",
+        "d",
+    ]
+    (tmp_path / "prompts.txt").write_text("\n".join(texts))
+    flags = ["--prompts", tmp_path / "prompts.txt", "--held-out", 2]
+    args = prepared(tmp_path / "out", *flags)
+    said = capsys.readouterr().out
+    assert "cut 2 of 7 texts to 8 tokens; shorten them:" in said
+    tokenizer = fd.load(args, "text").tokenizer_2
+    for text in map(fd.tidy, (texts[1], texts[3])):
+        assert f"  {len(tokenizer(text).input_ids)} tokens: {text[:60]}\n" in said
+    prepared(tmp_path / "out", *flags)
+    assert "cut" not in capsys.readouterr().out  # nothing is encoded a second time
+
+
+def longer(tmp_path) -> Path:
+    """The tiny Flux with a tokenizer that takes 512 tokens, as the real one."""
+    return edited(tmp_path, "tokenizer_2/tokenizer_config.json", model_max_length=512)
+
+
+def test_text_tokens_reach_cache_adapter_and_memory(tmp_path, capsys, monkeypatch):
+    model, out = longer(tmp_path), tmp_path / "out"
+    text = "a red circle, " * 9
+    (tmp_path / "prompts.txt").write_text("\n".join([text, "a", "b", "c"]))
+    flags = ["--model", model, "--prompts", tmp_path / "prompts.txt", "--iterations", 1]
+    flags += ["--held-out", 2, "--batch", 1]
+    run(out, *flags, "--text-tokens", 12)
+    assert "cut 1 of 4 texts to 12 tokens; shorten them, or give --text-tokens up to 512:" in (
+        capsys.readouterr().out
+    )
+    adapter = fd.read_metadata(out / fd.LORA)
+    assert adapter["max_sequence_length"] == adapter["settings"]["text_tokens"] == 12
+    assert "max_sequence_length=12" in (out / "README.md").read_text()
+    seen = []
+    monkeypatch.setattr(fd, "check_memory", lambda args, config: seen.append(args.text_tokens))
+    says("holds a run of other settings .text_tokens 12, now 256", "--out", out, *flags)
+    run(out, *flags, "--text-tokens", 12)
+    assert seen == [256, 12]
+    lengths = []
+    for extra in ([], ["--text-tokens", "20"]):
+        sampled = fd.parse(["--model", str(model), "--out", str(out), "--sample", text, *extra])
+        fd.prepare(sampled)
+        sampled.texts = sampled.sample
+        lengths += [len(x["text"]) for x in fd.encode_text(sampled, range(1))]
+    assert lengths == [12, 20]
+
+
+def test_256_text_tokens_are_no_new_setting(args):
+    """Runs and caches from before there was --text-tokens are recognised."""
+    assert "text_tokens" not in args.settings
+    text = [args.model_print, args.device, 256, args.texts[0]]
+    assert args.keys["text"][0] == fd.digest(text)
+
+
+def test_the_memory_estimate_counts_text_tokens(args, monkeypatch):
+    """By the least memory that is enough, found by halving."""
+    config = json.loads((TINY / "transformer/config.json").read_text())
+
+    def enough(tokens: int) -> int:
+        settings = Namespace(**vars(args) | {"text_tokens": tokens})
+        low, high = 0, 2**20
+        while high - low > 1:
+            middle = (low + high) // 2
+            pages = {"SC_PHYS_PAGES": middle, "SC_PAGE_SIZE": 4096}
+            monkeypatch.setattr(fd.os, "sysconf", pages.get)
+            try:
+                fd.check_memory(settings, config)
+                high = middle
+            except SystemExit:
+                low = middle
+        return high
+
+    assert enough(512) > 1.3 * enough(256)
+
+
+def test_more_text_tokens_than_the_model_has(tmp_path, capsys):
+    sentence = "--text-tokens 9 is more than the 8 .*give at most 8"
+    says(sentence, "--text-tokens", 9, "--out", tmp_path)
+    with pytest.raises(SystemExit):
+        fd.parse(["--text-tokens", "513", "--out", str(tmp_path)])
+    assert "at most 512" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------- flags
+
+
+def sampling(out, *flags) -> Namespace:
+    args = fd.parse(["--model", str(TINY), "--out", str(out), "--sample", "a red ring", *flags])
+    fd.prepare(args)
+    return args
+
+
+def test_sample_obeys_the_flags_that_it_takes(done, tmp_path, monkeypatch, capsys):
+    out, calls, scales = copied(done, tmp_path / "out"), [], []
+    real, set_adapters = fd.sample, fd.FluxPipeline.set_adapters
+
+    def spy(args, pipe, cond, noise, steps):
+        shift = pipe.scheduler.config.shift
+        calls.append((steps, shift, cond["guidance"][0].item(), args.size, noise.sum().item()))
+        return real(args, pipe, cond, noise, steps)
+
+    monkeypatch.setattr(fd, "sample", spy)
+    monkeypatch.setattr(fd.FluxPipeline, "set_adapters",
+                        lambda self, *a: scales.append(a[1]) or set_adapters(self, *a))  # fmt: skip
+    adapter = fd.read_metadata(out / fd.LORA)
+    fd.render(sampling(out))
+    assert calls[-1][:4] == (3, 3.0, 3.5, (4, 4)) and scales[-1] == adapter["scales"]["3"]
+    noise = calls[-1][4]
+    flags = "--student-steps 2 --resolution 64 --guidance 0 --shift 2 --seed 7 --batch 1"
+    fd.render(sampling(out, *flags.split()))
+    assert calls[-1][:4] == (2, 2.0, 0.0, (8, 8)) and scales[-1] == adapter["scales"]["2"]
+    assert calls[-1][4] != noise
+    path = Path(capsys.readouterr().out.splitlines()[-1])
+    assert Image.open(path).size == (64, 64)
+    fd.render(sampling(out, "--seed", "7"))
+    assert calls[-1][:4] == (3, 3.0, 3.5, (4, 4)) and calls[-1][4] != noise
+    for steps in ("5", "40"):
+        sentence = f"--student-steps {steps}: .* scales for 2 or 3 steps, give one of these"
+        with pytest.raises(SystemExit, match=sentence):
+            sampling(out, "--student-steps", steps)
+
+
+@pytest.mark.parametrize("flags", [
+    "--rank 4", "--iterations 3000", "--prompts p.txt", "--images d", "--paper", "--noises 2",
+    "--no-checkpointing", "--stop-when-matched", "--shift-range 1 2", "--limit 0", "--held-out 3",
+])  # fmt: skip
+def test_sample_refuses_flags_of_training(tmp_path, flags, capsys):
+    """Even at their defaults: whoever gives them expects something of them."""
+    with pytest.raises(SystemExit):
+        fd.parse(["--out", str(tmp_path), *flags.split(), "--seed", "1", "--sample", "a"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"--sample only renders, and {flags.split()[0]} would change nothing" in said
+
+
+def test_sample_names_cut_texts_and_refuses_options(done, tmp_path, capsys):
+    out = copied(done, tmp_path / "out")
+    fd.main(["--model", str(TINY), "--out", str(out), "--sample", "a red circle, " * 9])
+    assert "cut 1 of 1 text to 8 tokens" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--sample 'a cat --w 64' has the option --w"):
+        sampling(out, "a cat --w 64")
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    ("--warmup 5 --iterations 4", "--warmup 5 ends after the last of --iterations 4"),
+    ("--stop-when-matched --validate-every 4", "--validate-every 4 has none before the last"),
+    ("--guidance nan", "--guidance: nan must be at least"),
+])  # fmt: skip
+def test_flags_without_effect_are_refused(tmp_path, flags, said, capsys):
+    with pytest.raises(SystemExit):
+        fd.parse([*SMALL.split(), "--out", str(tmp_path), *flags.split()])
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_limit_above_the_pairs_is_named(tmp_path, capsys):
+    folder = image_folder(tmp_path, 2)
+    prepared(tmp_path / "out", "--images", folder, "--limit", 3)
+    assert "--limit 3 is more than the 2 pairs there are: all are used" in capsys.readouterr().out
