@@ -614,8 +614,9 @@ def name_cut_texts(args: Namespace, rows: list[int]) -> None:
         advice = "shorten them"
         if length < min(most, MOST_TEXT_TOKENS):
             advice += f", or give --text-tokens up to {min(most, MOST_TEXT_TOKENS)}"
-        tqdm.write(f"cut {len(cut)} of {counted(texts, 'text')} to {length} tokens; {advice}:")
-        tqdm.write("  " + some(cut, "\n  ", most=5))
+        title = f"cut {len(cut)} of {counted(texts, 'text')} to {length} tokens; {advice}:"
+        # On stderr: what --sample prints on stdout are paths.
+        tqdm.write(some([title, *cut], "\n  ", most=6), file=sys.stderr)
 
 
 @torch.no_grad()

@@ -274,13 +274,13 @@ def test_cut_texts_are_counted_and_named(tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("\n".join(texts))
     flags = ["--prompts", tmp_path / "prompts.txt", "--held-out", 2]
     args = prepared(tmp_path / "out", *flags)
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "cut 2 of 7 texts to 8 tokens; shorten them:" in said
     tokenizer = fd.load(args, "text").tokenizer_2
     for text in map(fd.tidy, (texts[1], texts[3])):
         assert f"  {len(tokenizer(text).input_ids)} tokens: {text[:60]}\n" in said
     prepared(tmp_path / "out", *flags)
-    assert "cut" not in capsys.readouterr().out  # nothing is encoded a second time
+    assert "cut" not in capsys.readouterr().err  # nothing is encoded a second time
 
 
 def longer(tmp_path) -> Path:
@@ -296,7 +296,7 @@ def test_text_tokens_reach_cache_adapter_and_memory(tmp_path, capsys, monkeypatc
     flags += ["--held-out", 2, "--batch", 1]
     run(out, *flags, "--text-tokens", 12)
     assert "cut 1 of 4 texts to 12 tokens; shorten them, or give --text-tokens up to 512:" in (
-        capsys.readouterr().out
+        capsys.readouterr().err
     )
     adapter = fd.read_metadata(out / fd.LORA)
     assert adapter["max_sequence_length"] == adapter["settings"]["text_tokens"] == 12
@@ -405,7 +405,9 @@ def test_sample_refuses_flags_of_training(tmp_path, flags, capsys):
 def test_sample_names_cut_texts_and_refuses_options(done, tmp_path, capsys):
     out = copied(done, tmp_path / "out")
     fd.main(["--model", str(TINY), "--out", str(out), "--sample", "a red circle, " * 9])
-    assert "cut 1 of 1 text to 8 tokens" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "cut 1 of 1 text to 8 tokens" in said.err
+    assert len(said.out.splitlines()) == 1  # the path alone
     with pytest.raises(SystemExit, match="--sample 'a cat --w 64' has the option --w"):
         sampling(out, "a cat --w 64")
 
