@@ -17,11 +17,13 @@ import os
 import re
 import shutil
 import signal
+import sys
 import textwrap
 import time
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from argparse import RawDescriptionHelpFormatter as RawFormatter
+from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timedelta
 from functools import partial
@@ -32,6 +34,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+
+if "ipykernel" not in sys.modules:  # a notebook's backend stays in the notebook: no figure needs it
+    os.environ.pop("MPLBACKEND", None)
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
@@ -74,11 +79,14 @@ FINE = 32  # steps of the teacher that stand for all of its quality
 STEPS = (2, 3, 4, 6, 8)  # watched while training, calibrated and compared; with --student-steps
 TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
 TEXT_SIDE = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2")
-TEXT_TOKENS = 256  # of T5, or fewer where its tokenizer's longest text is shorter
+TEXT_TOKENS, MOST_TEXT_TOKENS = 256, 512  # of T5: by default, and the longest text it knows
 MAX_GUIDANCE, POOL_GUIDANCE = 8.0, 3.5  # training draws it from [0, 8]; for what the teacher draws
 TORCHRUN = (("RANK", 0), ("WORLD_SIZE", 1))  # what it sets, and what holds without it
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 VERSION = 2  # of what training does and of the checkpoint's form: no other version is resumed
+OPTION = re.compile(r"(?<!\S)--[A-Za-z]\S*")  # in prompts for other tools: --w 1024, --ar 16:9
+SAMPLING = """model out sample student_steps resolution guidance shift seed batch quantize
+text_tokens"""  # the settings that --sample obeys
 SMALLER = """what helps, in this order: --recompute-every 1, --batch 4 \
 --accumulate 2 (down to --batch 1), --rank 16, --quantize int8, --resolution 256"""
 PROMPTS = """a red fox asleep in fresh snow, soft morning light; a bowl of ramen, seen from above
@@ -391,7 +399,7 @@ def locate(args: Namespace) -> Path:
     if not config.get("guidance_embeds"):
         die(f"{name} takes no guidance: FLUX.1-schnell and its like sample in 4 steps already")
     if args.sample:
-        args.resolution = read_adapter(args)["resolution"]
+        follow_adapter(args)
     args.size = (args.resolution // 2**halvings,) * 2
     if not args.sample:
         check_memory(args, config)
@@ -415,7 +423,7 @@ def check_memory(args: Namespace, config: dict) -> None:
     # Activations kept for a token, of its width: the input of a recomputed block, about 28 of any
     # other, and 45 while a block is recomputed.
     kept = recomputed + 28 * (blocks - recomputed) + 45 * (recomputed > 0)
-    tokens = args.batch * (math.prod(args.size) + TEXT_TOKENS)
+    tokens = args.batch * (math.prod(args.size) + args.text_tokens)
     base = parameters * (1 if args.quantize else width)
     if args.quantize:  # torchao computes with copies, which autograd keeps in other blocks
         base += parameters * width * (blocks - recomputed) / blocks
@@ -671,56 +679,198 @@ class Adapter:
 
 
 def read_prompts(args: Namespace) -> tuple[list[str], list[str]]:
-    """All prompts, and the last --held-out different ones, which are not trained on."""
-    text, unreadable = PROMPTS.replace("; ", "\n"), (OSError, UnicodeDecodeError)
-    with explain(f"--prompts {args.prompts} can't be read as a text file", *unreadable):
-        text = args.prompts.read_text("utf-8-sig") if args.prompts else text
-    lines = [line for line in map(tidy, text.splitlines()) if line]
-    held_out = list(dict.fromkeys(lines))[-args.held_out :]
-    if len(set(lines)) < args.held_out + (not args.images):
-        die(f"--prompts {args.prompts} has {len(set(lines))} different lines: it needs one more"
-            f" than --held-out {args.held_out}")  # fmt: skip
-    return lines, held_out
+    """All prompts, and the last --held-out different ones, which are not trained on.
+
+    Blank lines and lines that start with # are no prompts.
+    """
+    lines, source = PROMPTS.replace("; ", "\n").splitlines(), "the built-in list"
+    if args.prompts:
+        source = f"--prompts {args.prompts}"
+        with explain(f"{source} can't be read as a text file: give one in UTF-8, a prompt a line",
+                     OSError, UnicodeDecodeError):  # fmt: skip
+            lines = args.prompts.read_text("utf-8-sig").splitlines()
+    prompts = []
+    for number, line in enumerate(map(tidy, lines), 1):
+        if line and not line.startswith("#"):
+            refuse_options(line, f"{source}, line {number}")
+            prompts.append(line)
+    different = len({prompt.casefold() for prompt in prompts})
+    needed = args.held_out + (not args.images)
+    if different < needed:
+        die(f"{source} has {different} different prompts, upper and lower case being the same, and"
+            f" --held-out {args.held_out} needs {needed}: give --prompts a longer file, or give a"
+            " smaller --held-out")  # fmt: skip
+    return prompts, list(dict.fromkeys(prompts))[-args.held_out :]
+
+
+def refuse_options(prompt: str, where: str) -> None:
+    option = OPTION.search(prompt)
+    if option:
+        die(f"{where} has the option {option.group()}: prompts take no options here, remove it from"
+            " the text (size, guidance and seed are flags of the command)")  # fmt: skip
 
 
 def tidy(text: str) -> str:
     return " ".join(text.split())
 
 
-def read_images(folder: Path) -> list[tuple[Path, str]]:
-    """Images and their captions; what can't be used is named, counted and left out."""
-    if not folder.is_dir():
-        die(f"--images {folder} is no folder")
-    kinds = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-    pairs, skipped = [], []
-    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in kinds):
-        try:
-            open_image(path, 64)
-            if not (caption := tidy(path.with_suffix(".txt").read_text("utf-8-sig"))):
-                raise ValueError(f"{path.stem}.txt is empty")
-            pairs.append((path, caption))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            skipped.append(f"{path.name}, {path.stem}.txt: {error}")
-    if skipped:
-        print(f"skipped {len(skipped)}, kept {len(pairs)} images:", *skipped, sep="\n  ")
+def read_images(args: Namespace) -> list[tuple[Path, str, list]]:
+    """Images, captions and prints of the images' files; what can't be used is named and counted."""
+    if not args.images.is_dir():
+        die(f"--images {args.images} is no folder: give one with images, and captions in NAME.txt")
+    pairs, skipped, notes = list_images(args.images)
+    checked = check_images(args, pairs)
+    skipped += [f"{path.name}: {checked[path].fault}" for path, _ in pairs if checked[path].fault]
+    pairs = [(*pair, checked[pair[0]].print) for pair in pairs if not checked[pair[0]].fault]
+    flat = [path.name for path, *_ in pairs if checked[path].flat]
+    if flat:
+        notes.append(f"kept {counted(flat, 'image')} of one value all over ({some(flat)}): remove"
+                     " what should not be trained on")  # fmt: skip
+    if args.lead and skipped:
+        print(f"skipped {len(skipped)}, kept {len(pairs)} images; mend these to use them:")
+        print("  " + some(skipped, "\n  "))
+    if args.lead and notes:
+        print(*notes, sep="\n")
     if not pairs:
-        die(f"--images {folder} has no image with a caption: NAME.png goes with NAME.txt")
+        die(f"--images {args.images} has no image with a caption: NAME.png goes with NAME.txt")
     return pairs
 
 
+def list_images(folder: Path) -> tuple[list[tuple[Path, str]], list[str], list[str]]:
+    """Images with their captions, why others are skipped, and notes on all else that lies there.
+
+    Hidden files are ignored, sub-folders are not searched.
+    """
+    Image.init()
+    kinds = Image.registered_extensions()
+    visible = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    folders = [path for path in visible if path.is_dir()]
+    files = [path for path in visible if not path.is_dir()]
+    images = [path for path in files if path.suffix.lower() in kinds]
+    captions = {path.stem: path for path in files if path.suffix.lower() == ".txt"}
+    pairs, skipped, with_options = [], [], []
+    for path in images:
+        try:
+            caption = read_caption(captions.get(path.stem, path.with_suffix(".txt")))
+        except ValueError as error:
+            skipped.append(f"{path.name}: {error}")
+            continue
+        pairs.append((path, caption))
+        if OPTION.search(caption):
+            with_options.append(path.stem + ".txt")
+
+    notes = []
+    alone = sorted(captions.keys() - {path.stem for path in images})
+    if alone:
+        names = some([captions[stem].name for stem in alone])
+        notes.append(f"ignored {counted(alone, 'caption')} without an image ({names}): add the"
+                     " images if they should be there")  # fmt: skip
+    if with_options:
+        names = some(with_options)
+        notes.append(f"kept {counted(with_options, 'caption')} with options like --ar 16:9, which"
+                     f" are trained on as words ({names}): remove them from the text")  # fmt: skip
+    if folders:
+        inside = [path for path in folder.glob("*/**/*") if path.suffix.lower() in kinds]
+        names = some([path.name for path in folders])
+        notes.append(f"did not search {counted(folders, 'sub-folder')} with"
+                     f" {counted(inside, 'image')} ({names}): move images and captions up to use"
+                     " them")  # fmt: skip
+    known = {*images, *captions.values()}
+    others = [path for path in files if path not in known]
+    if others:
+        counts = Counter(path.suffix.lower() or "no suffix" for path in others).most_common()
+        names = some([f"{number} {suffix}" for suffix, number in counts])
+        notes.append(f"ignored {counted(others, 'file')} of other kinds ({names}): convert any"
+                     " images among them to PNG")  # fmt: skip
+    return pairs, skipped, notes
+
+
+def read_caption(path: Path) -> str:
+    """ValueError says why there is none."""
+    try:
+        caption = tidy(path.read_text("utf-8-sig"))
+    except FileNotFoundError:
+        raise ValueError(f"it has no caption {path.name}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path.name} is not UTF-8 text") from None
+    except OSError as error:
+        raise ValueError(f"{path.name} can't be read ({error.strerror})") from None
+    if not caption:
+        raise ValueError(f"{path.name} is empty")
+    return caption
+
+
+def counted(things: list, noun: str) -> str:
+    return f"{len(things)} {noun}" if len(things) == 1 else f"{len(things)} {noun}s"
+
+
+def some(names: list[str], separator: str = ", ", most: int = 20) -> str:
+    """The first names, and how many more there are."""
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return separator.join([*names[:most], *more])
+
+
+def check_images(args: Namespace, pairs: list[tuple[Path, str]]) -> dict[Path, Namespace]:
+    """A print of each file, what is wrong with it, and whether it is flat: of one value all over.
+
+    Only images that --out has no latents of are opened, each by one process.
+    """
+    checked = {}
+    mine = pairs[args.process :: args.processes]
+    for path, caption in tqdm(mine, "check images", unit="image", **args.quiet):
+        found = checked[path] = Namespace(print=None, fault=None, flat=False)
+        try:
+            found.print = file_print(path)
+            if not latent_file(args, latent_key(args, [caption, *found.print])).exists():
+                pixels = open_image(path, 64)
+                spread = pixels.amax((2, 3)) - pixels.amin((2, 3))
+                found.flat = spread.max().item() < 3 / 255  # one of 255 levels
+        except Exception as error:  # Pillow's readers raise whatever they stumble over
+            found.fault = str(error) or type(error).__name__
+    if args.processes == 1:
+        return checked
+    shares = [None] * args.processes
+    with explain(
+        f"process {args.process} lost another one; the same command goes on", RuntimeError
+    ):
+        dist.all_gather_object(shares, checked)
+    return {path: found for share in shares for path, found in share.items()}
+
+
 def open_image(path: Path, resolution: int) -> Tensor:
-    """Picture (1, 3, H, W) in [-1, 1], cut to the bucket of the nearest shape."""
+    """Image (1, 3, H, W) in [-1, 1], the first frame, cut to the bucket of the nearest shape."""
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":  # 16 bits a pixel
-            values = np.asarray(image, np.float32)
-            image = Image.fromarray((values / max(values.max(), 65535) * 255).astype(np.uint8))
+        if image.mode[0] in "IF":
+            image = eight_bits(image)
         image = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     shape, buckets = math.log(image.height / image.width), generate_aspect_ratio_buckets(resolution)
     height, width = min(buckets, key=lambda b: abs(math.log(b[0] / b[1]) - shape))
     image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     return VaeImageProcessor(do_resize=False).preprocess(image)
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 or 32 bits a pixel (modes I;16, I and F) in 8 bits; black is 0.
+
+    White is 65535 for 16-bit integers. For others it is the least of 1 (floats only), 255, 65535
+    and 2^31 - 1 (integers only) that no value exceeds. Floats may exceed black and white by a
+    quarter of the range, as resampled ones do: they are clipped. ValueError for all else.
+    """
+    values = np.asarray(image).astype(np.float64)
+    low, high = values.min(), values.max()
+    if not np.isfinite(low + high):
+        raise ValueError("it has NaN or infinity among its values")
+    whites, slack = [65535], 0.0
+    if image.mode == "I":
+        whites = [255, 65535, 2**31 - 1]
+    if image.mode == "F":
+        whites, slack = [1, 255, 65535], 0.25
+    white = next((white for white in whites if high <= (1 + slack) * white), 0)
+    if not white or low < -slack * white:
+        raise ValueError(f"its values run from {low:g} to {high:g}: save it with 8 or 16 bits")
+    return Image.fromarray((255 * (values / white).clip(0, 1)).round().astype(np.uint8))
 
 
 def make_cache(args: Namespace) -> None:
@@ -731,6 +881,7 @@ def make_cache(args: Namespace) -> None:
     make = {"text": encode_text, "latent": encode_image if args.images else sample_teacher}
     for kind, keys in args.keys.items():
         starts = range(0, len(keys), args.batch)[args.process :: args.processes]
+        made = []
         for start in tqdm(starts, f"cache: {kind}s", unit="batch", **args.quiet):
             rows = range(len(keys))[start : start + args.batch]
             paths = [entry(args, kind, i) for i in rows]
@@ -740,7 +891,19 @@ def make_cache(args: Namespace) -> None:
             for path, i, tensors in zip(paths, rows, make[kind](args, rows)) if bad else ():
                 if path in bad:
                     write_tensors(path, tensors, {"key": keys[i]})
+                    made.append(i)
+        if kind == "text" and made:
+            name_cut_texts(args, made)
         add_up(args, torch.zeros(1, device=args.device))  # wait for all
+
+
+def latent_key(args: Namespace, item: list) -> str:
+    """Identifies latents by all that they are made from."""
+    return digest([args.model_print, args.device, args.resolution, *item])
+
+
+def latent_file(args: Namespace, key: str) -> Path:
+    return args.out / "cache" / f"latent-{key}.safetensors"
 
 
 def entry(args: Namespace, kind: str, i: int) -> Path:
@@ -766,10 +929,35 @@ def read(args: Namespace, kind: str, rows) -> dict[str, Tensor]:
 def encode_text(args: Namespace, rows: range):
     """Embeddings of prompts: text (T, D) of T5, pooled (d,) of CLIP."""
     pipe = load(args, "text")
-    length = min(TEXT_TOKENS, pipe.tokenizer_2.model_max_length)
+    length = text_length(args, pipe)
     for i in rows:
         text, pooled, _ = pipe.encode_prompt(*[args.texts[i]] * 2, max_sequence_length=length)
         yield {"text": text[0], "pooled": pooled[0]}
+
+
+def text_length(args: Namespace, pipe: FluxPipeline) -> int:
+    """Tokens of T5 that a text is padded or cut to."""
+    most = pipe.tokenizer_2.model_max_length
+    if "text_tokens" in args.given and args.text_tokens > most:
+        die(f"--text-tokens {args.text_tokens} is more than the {most} of the tokenizer of --model"
+            f" {args.model}: give at most {most}")  # fmt: skip
+    return min(args.text_tokens, most)
+
+
+def name_cut_texts(args: Namespace, rows: list[int]) -> None:
+    """Say which of these texts are longer than the encoder's input."""
+    pipe = load(args, "text")
+    length, most = text_length(args, pipe), pipe.tokenizer_2.model_max_length
+    texts = [args.texts[i] for i in rows]
+    sizes = [len(ids) for ids in pipe.tokenizer_2(texts, truncation=False).input_ids]
+    cut = [f"{size} tokens: {text[:60]}" for text, size in zip(texts, sizes) if size > length]
+    if cut:
+        advice = "shorten them"
+        if length < min(most, MOST_TEXT_TOKENS):
+            advice += f", or give --text-tokens up to {min(most, MOST_TEXT_TOKENS)}"
+        title = f"cut {len(cut)} of {counted(texts, 'text')} to {length} tokens; {advice}:"
+        # On stderr: what --sample prints on stdout are paths.
+        tqdm.write(some([title, *cut], "\n  ", most=6), file=sys.stderr)
 
 
 @torch.no_grad()
@@ -1207,12 +1395,23 @@ def read_adapter(args: Namespace) -> dict:
     return adapter
 
 
-def load_student(args: Namespace) -> tuple[FluxPipeline, dict]:
-    """A stock pipeline with the saved adapter at its recommended scale, and what its file says."""
+def follow_adapter(args: Namespace) -> None:
+    """Render as the saved adapter was made to, in all that no flag says otherwise."""
     adapter = read_adapter(args)
-    args.shift, pipe = adapter["shift"], load(args, "fresh")
+    adapter["text_tokens"] = adapter["max_sequence_length"]
+    for name in {"student_steps", "resolution", "guidance", "shift", "text_tokens"} - args.given:
+        setattr(args, name, adapter[name])
+    if args.student_steps not in adapter["scales"]:
+        *steps, last = map(str, sorted(adapter["scales"]))
+        die(f"--student-steps {args.student_steps}: the adapter in --out {args.out} has scales for"
+            f" {', '.join(steps)} or {last} steps, give one of these")  # fmt: skip
+
+
+def load_student(args: Namespace) -> tuple[FluxPipeline, dict]:
+    """A stock pipeline with the saved adapter at its calibrated scale, and what its file says."""
+    adapter, pipe = read_adapter(args), load(args, "fresh")
     pipe.load_lora_weights(args.out, weight_name=LORA, adapter_name="student")
-    pipe.set_adapters("student", adapter["scales"][adapter["student_steps"]])
+    pipe.set_adapters("student", adapter["scales"][args.student_steps])
     return pipe, adapter
 
 
@@ -1352,14 +1551,15 @@ def card(args: Namespace, results: dict) -> str:
 
 
 def render(args: Namespace) -> None:
-    """--sample: pictures of prompts by the saved adapter, as its card recommends."""
+    """--sample: images of prompts by the saved adapter, as its card recommends or flags say."""
     args.texts, rows = args.sample, range(len(args.sample))
     texts = list(encode_text(args, rows))
-    pipe, adapter = load_student(args)
+    name_cut_texts(args, rows)
+    pipe, _ = load_student(args)
     cond = {name: torch.stack([text[name] for text in texts]) for name in texts[0]}
-    cond["guidance"] = torch.full((len(rows),), adapter["guidance"])
+    cond["guidance"] = torch.full((len(rows),), args.guidance)
     noise = noises(args, [("sample", i) for i in rows])
-    latents = sample(args, pipe, cond, noise, adapter["student_steps"])
+    latents = sample(args, pipe, cond, noise, args.student_steps)
     for i, picture in enumerate(decode(pipe, latents, args.size)):
         name = "".join(c if c.isalnum() else "-" for c in args.sample[i])[:60]
         with atomic(path := args.out / "samples" / f"{i:02d}-{name}.png") as part:
@@ -1404,8 +1604,11 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--noises", type=at_least(2), default=2, metavar="K", help="for each of those")
     add("--limit", type=number, default=0, metavar="K", help="train on the first K pairs; 0: all")
     add("--resolution", type=at_least(16, 16), default=512, help="pixels, a multiple of 16")
+    add("--text-tokens", type=count, default=TEXT_TOKENS, metavar="K",
+        help=f"of T5 for a prompt or caption, at most {MOST_TEXT_TOKENS}; longer texts are cut")
     add("--out", type=Path, default=Path("flux_out"), help="folder for all that is written")
-    add("--sample", nargs="+", metavar="PROMPT", help="only render these, by the adapter in --out")
+    add("--sample", nargs="+", metavar="PROMPT", help="only render these, by the adapter in --out;"
+        " also --student-steps, --resolution, --guidance, --shift are by default as it was made")
     add = parser.add_argument_group("method").add_argument
     add("--student-steps", type=at_least(1, high=1000), default=3, metavar="N",
         help="step count to build for")
@@ -1434,17 +1637,51 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--stop-when-matched", action="store_true", help="end at lam* of 1.05, or when it stalls")
     # fmt: on
     args = parser.parse_args(argv)
+    args.given = given(parser, argv, args)
+    refuse_useless(parser, args)
     windows = {} if args.paper else dict(student_steps=args.student_steps, teacher_ratio=None)
     if args.quantize and not find_spec("torchao"):
         parser.error("--quantize int8 needs torchao: pip install torchao")
     if args.quantize and args.compile:
         parser.error("--compile does not work with --quantize: leave one of them out")
     try:
-        args.config = sc.ShortcutConfig(shift_range=args.shift_range, **windows)
+        if not args.sample:
+            args.config = sc.ShortcutConfig(shift_range=args.shift_range, **windows)
         args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return args
+
+
+def given(parser: ArgumentParser, argv: list[str] | None, args: Namespace) -> set[str]:
+    """Names of the settings that flags gave: argparse keeps what a namespace holds already."""
+    blank = Namespace(**dict.fromkeys(vars(args)))
+    parsed = vars(parser.parse_args(argv, blank))
+    return {name for name, value in parsed.items() if value is not None}
+
+
+def refuse_useless(parser: ArgumentParser, args: Namespace) -> None:
+    """No flag is ignored in silence."""
+    if args.text_tokens > MOST_TEXT_TOKENS:
+        parser.error(f"--text-tokens {args.text_tokens}: Flux knows texts of at most"
+                     f" {MOST_TEXT_TOKENS} tokens, give at most that")  # fmt: skip
+    if args.sample:
+        names = sorted(args.given - set(SAMPLING.split()))
+        flags = ", ".join("--" + name.replace("_", "-") for name in names)
+        if flags:
+            flags = flags.replace("--checkpointing", "--no-checkpointing")
+            parser.error(f"--sample only renders, and {flags} would change nothing: leave out all"
+                         " flags of training")  # fmt: skip
+        for prompt in args.sample:
+            refuse_options(prompt, f"--sample '{prompt[:60]}'")
+    if args.warmup > args.iterations:
+        parser.error(f"--warmup {args.warmup} ends after the last of --iterations"
+                     f" {args.iterations}, before --learning-rate is reached: give a shorter"
+                     " --warmup")  # fmt: skip
+    if args.stop_when_matched and args.validate_every >= args.iterations:
+        parser.error("--stop-when-matched looks at validations, and --validate-every"
+                     f" {args.validate_every} has none before the last of --iterations"
+                     f" {args.iterations}: give a smaller --validate-every")  # fmt: skip
 
 
 def prepare(args: Namespace) -> None:
@@ -1478,24 +1715,29 @@ def prepare(args: Namespace) -> None:
             )
         return
     prompts, held_out = read_prompts(args)
-    pairs = read_images(args.images) if args.images else [(None, prompt) for prompt in prompts]
+    pairs = read_images(args) if args.images else [(None, prompt, None) for prompt in prompts]
     secret = {text.casefold() for text in held_out}
-    pairs = [p for p in pairs if p[1].casefold() not in secret][: args.limit or None]
-    if not pairs:
-        die(f"--images {args.images} has only captions that are held-out prompts")
-    args.texts = list(dict.fromkeys([*held_out, *(caption for _, caption in pairs)]))
-    args.pairs = [Namespace(file=file, text=args.texts.index(text)) for file, text in pairs]
+    pairs = [p for p in pairs if p[1].casefold() not in secret]
+    if args.lead and args.limit > len(pairs) > 0:
+        print(f"--limit {args.limit} is more than the {len(pairs)} pairs there are: all are used")
+    pairs = pairs[: args.limit or None]
+    if not pairs:  # with prompts alone read_prompts has seen to it
+        die(f"every caption in --images {args.images} is also one of the {len(held_out)} held-out"
+            " prompts: give --prompts a file that ends with other lines")  # fmt: skip
+    args.texts = list(dict.fromkeys([*held_out, *(text for _, text, _ in pairs)]))
+    places = {text: i for i, text in enumerate(args.texts)}
+    args.pairs = [Namespace(file=file, text=places[text]) for file, text, _ in pairs]
     third = max(1, len(held_out) // 3)
     args.validation = list(range(third))
     args.comparison = list(range(third, len(held_out)))
     drawn = [args.seed, args.shift_range, args.quantize, FINE, POOL_GUIDANCE]
-    data = [[text, *(file_print(f) if f else (i, *drawn))] for i, (f, text) in enumerate(pairs)]
+    data = [[text, *(mark or (i, *drawn))] for i, (_, text, mark) in enumerate(pairs)]
     args.keys = {
-        "text": [digest([model, args.device, TEXT_TOKENS, text]) for text in args.texts],
-        "latent": [digest([model, args.device, args.resolution, *item]) for item in data],
+        "text": [digest([model, args.device, args.text_tokens, text]) for text in args.texts],
+        "latent": [latent_key(args, item) for item in data],
     }
-    names = """resolution student_steps paper shift_range iterations batch accumulate learning_rate
-               warmup rank layers quantize seed stop_when_matched"""
+    names = """resolution text_tokens student_steps paper shift_range iterations batch accumulate
+               learning_rate warmup rank layers quantize seed stop_when_matched"""
     settings = {"version": VERSION, "model": model, "data": digest(data)}
     settings |= {name: getattr(args, name) for name in names.split()}
     settings["accumulate"] *= args.processes

@@ -7,6 +7,8 @@ against fresh data and draws four figures. Needs no GPU, no network and no data 
 import copy
 import json
 import math
+import os
+import sys
 import tempfile
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
@@ -18,6 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+if "ipykernel" not in sys.modules:  # a notebook's backend stays in the notebook: no figure needs it
+    os.environ.pop("MPLBACKEND", None)
 from matplotlib.animation import PillowWriter
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure

@@ -29,6 +29,7 @@ from tiny_runs import (
     copied,
     edited,
     fd,
+    folder_of,
     picture,
     prepared,
     run,
@@ -561,7 +562,8 @@ def test_cache_and_checkpoint_of_a_finished_run_can_go(done, tmp_path):
 
 def test_sample_refuses_another_model(done, tmp_path):
     folder = edited(tmp_path, "scheduler/scheduler_config.json", base_shift=0.6)
-    says("was made for tiny_flux", "--model", folder, "--out", done, "--sample", "a red circle")
+    with pytest.raises(SystemExit, match="was made for tiny_flux"):
+        fd.main(["--model", str(folder), "--out", str(done), "--sample", "a red circle"])
 
 
 def test_a_changed_weight_is_another_file(tmp_path):
@@ -624,13 +626,14 @@ def test_bad_images_and_captions_are_named_counted_and_skipped(tmp_path, capsys)
     (tmp_path / "d.txt").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "e.png").write_bytes(b"")
     (tmp_path / "f.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])
-    assert fd.read_images(tmp_path) == [(tmp_path / "a.png", "a red circle")]
+    print_of_a = fd.file_print(tmp_path / "a.png")
+    assert fd.read_images(folder_of(tmp_path)) == [(tmp_path / "a.png", "a red circle", print_of_a)]
     said = capsys.readouterr().out
     assert "skipped 5, kept 1" in said
     assert all(name in said for name in ("b.txt", "c.png", "d.txt", "e.png", "f.png"))
     with pytest.raises(SystemExit, match="no image with a caption"):
         (tmp_path / "a.txt").unlink()
-        fd.read_images(tmp_path)
+        fd.read_images(folder_of(tmp_path))
 
 
 def test_training_on_images_of_several_shapes(tmp_path):
@@ -767,7 +770,7 @@ def test_error_flags(flags, said, tmp_path, capsys):
 def test_error_prompts(tmp_path):
     says("can't be read as a text file", "--prompts", tmp_path / "none.txt", "--out", tmp_path)
     (tmp_path / "few.txt").write_text("one\ntwo\n\n")
-    says("2 different lines", "--prompts", tmp_path / "few.txt", "--out", tmp_path)
+    says("2 different prompts", "--prompts", tmp_path / "few.txt", "--out", tmp_path)
 
 
 def test_error_no_torchao(tmp_path, monkeypatch, capsys):

@@ -69,6 +69,14 @@ def picture(mode, size=(64, 48)):
     return Image.fromarray(values.astype(np.uint8)).convert(mode)
 
 
+def folder_of(images: Path) -> Namespace:
+    """What read_images uses of the settings."""
+    return Namespace(
+        images=images, out=images / "out", model_print="", device="cpu", resolution=64,
+        process=0, processes=1, lead=True, quiet={},
+    )  # fmt: skip
+
+
 def edited(tmp_path: Path, file: str, **change) -> Path:
     """A copy of the tiny Flux with entries of a config changed."""
     folder = copied(TINY, tmp_path / "model")
