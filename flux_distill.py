@@ -53,6 +53,7 @@ FLUX = "black-forest-labs/FLUX.1-dev"
 LORA = "pytorch_lora_weights.safetensors"
 FINE = 32  # steps of the teacher that stand for all of its quality
 STEPS = (2, 3, 4, 6, 8)  # watched while training, calibrated and compared; with --student-steps
+SCALES = (0.05, 8.0)  # of the LoRA, searched between these; one of them itself is no best scale
 TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
 TEXT_SIDE = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2")
 TEXT_TOKENS = 256  # of T5, or fewer where its tokenizer's longest text is shorter
@@ -504,13 +505,26 @@ class Validation:
         return sc.optimal_scale(student, teacher, self.noise, times, **self.cond).item()
 
     def search(self, weights: list[Tensor], steps: int) -> tuple[float, float]:
-        """Least distance to where FINE steps end, and its scale: two searches, from lam* on."""
-        best, tries = min(max(self.lam(weights, steps), 0.1), 5.0), []
-        for spread in (0.4, 0.15):
-            for scale in (best * np.linspace(1 - spread, 1 + spread, 5)).round(3).tolist():
-                tries.append((rms(self.end(weights, steps, scale) - self.fine), scale))
-            best = min(tries)[1]
-        return min(tries)
+        """Least distance to where FINE steps end, and its scale: two searches, from lam* on.
+
+        A wide search that ends at its own border is repeated around it, up to those of SCALES.
+        """
+        lam, distances = self.lam(weights, steps), {}
+        best = min(max(lam, 0.1), 5.0) if math.isfinite(lam) else 1.0
+
+        def look(center: float, spread: float) -> float:
+            tries = center * np.linspace(1 - spread, 1 + spread, 5)
+            for scale in tries.round(3).clip(*SCALES).tolist():
+                if scale not in distances:
+                    distance = rms(self.end(weights, steps, scale) - self.fine)
+                    distances[scale] = distance if math.isfinite(distance) else math.inf
+            return min(distances, key=distances.get)
+
+        best = look(best, 0.4)
+        while best in (min(distances), max(distances)) and best not in SCALES:
+            best = look(best, 0.4)
+        best = look(best, 0.15)
+        return distances[best], best
 
     def report(self, weights: list[Tensor], name: str) -> dict[str, float]:
         """lam* and distances to where FINE steps of the teacher end, for the log; a picture."""
@@ -518,8 +532,13 @@ class Validation:
         ends = [self.coarse, self.end(weights, N), self.fine]
         pictures = [decode(load(args, "image"), x[: len(texts)], args.size) for x in ends]
         draw(args, pictures, texts, f"validation/{name}.png")
-        lams = {f"lam_{n}": self.lam(weights, n) for n in args.steps}
-        return lams | {"teacher_rmse": rms(ends[0] - ends[2]), "rmse": rms(ends[1] - ends[2])}
+        return self.measure(weights, args.steps)
+
+    def measure(self, weights: list[Tensor], steps) -> dict[str, float]:
+        """lam* for these numbers of steps; how far teacher and student end from FINE steps."""
+        lams = {f"lam_{n}": self.lam(weights, n) for n in steps}
+        end = self.end(weights, self.args.student_steps)
+        return lams | {"teacher_rmse": rms(self.coarse - self.fine), "rmse": rms(end - self.fine)}
 
 
 def remember(velocity):
@@ -534,13 +553,30 @@ def remember(velocity):
     return remembered
 
 
-def verdict(args: Namespace, row: dict[str, float]) -> str:
-    """In words, whether the student learned."""
+def diverged(args: Namespace, row: dict[str, float], factor: float = 2.0) -> bool:
+    """Whether the student holds NaN, or ends `factor` times as far off as the teacher for nothing.
+
+    A student that only overshoots as far still has a lam* of about 1 / (1 + factor).
+    """
+    student, lam = row["rmse"], row[f"lam_{args.student_steps}"]
+    return not math.isfinite(student) or (student > factor * row["teacher_rmse"] and not lam >= 0.1)
+
+
+def verdict(args: Namespace, row: dict[str, float], scaled: bool = True) -> str:
+    """In words, whether the student learned; `scaled`: a scale was found, or may be."""
     N, student, teacher = args.student_steps, row["rmse"], row["teacher_rmse"]
     distances = (f"in {N} steps the student ends {student:.3f} from the teacher's {FINE} steps, the"
                  f" teacher itself {teacher:.3f}")  # fmt: skip
+    if not math.isfinite(student):
+        distances = f"in {N} steps its latents hold NaN or infinity"
+    if diverged(args, row):
+        return (
+            f"ALARM, diverged student: {distances}; distil with a lower --learning-rate in another"
+            " --out"
+        )
     if (lam := row[f"lam_{N}"]) < 0.8 and abs(student / teacher - 1) > 0.02:
-        return f"ALARM, overshot: lam* is {lam:.2f}; {distances}; use its scale, or train shorter"
+        way_out = "use its scale, or train shorter" if scaled else "train shorter"
+        return f"ALARM, overshot: lam* is {lam:.2f}; {distances}; {way_out}"
     if not student < 0.98 * teacher:
         return f"ALARM, inert student: {distances}; train longer or with a higher --learning-rate"
     return distances
@@ -620,18 +656,23 @@ def train(args: Namespace) -> None:
             for name, decay in decays.items():
                 sc.update_ema(sets[name], student, decay, iteration)
             rows.append(row | {"gradient_norm": norm, "learning_rate": rate})
-            done = iteration == args.iterations
+            done, lost = iteration == args.iterations, False
             if args.lead and (done or iteration % args.validate_every == 0):
                 bar.set_description("validate")  # the first takes minutes, later ones seconds
                 rows[-1] |= validation.report(student, f"{iteration:06d}")
                 bar.set_description("train")
                 bar.set_postfix({f"lam*({N})": f"{rows[-1][f'lam_{N}']:.2f}"})
-                if 2 * iteration >= args.iterations and "ALARM" in verdict(args, rows[-1]):
+                lost = diverged(args, rows[-1], 5.0)
+                alarm = 2 * iteration >= args.iterations and not lost
+                if alarm and "ALARM" in verdict(args, rows[-1]):
                     tqdm.write(f"iteration {iteration}: {verdict(args, rows[-1])}")
                 done |= args.stop_when_matched and matched(args, rows)
                 write_log(args, rows)
-            add_up(args, ends := torch.tensor([done, len(asked)], device=args.device))
-            done, stop = map(bool, ends.tolist())  # of any process
+            add_up(args, ends := torch.tensor([done, len(asked), lost], device=args.device))
+            done, stop, lost = map(bool, ends.tolist())  # of any process
+            if lost:  # not saved: the same command comes to the same end
+                words = verdict(args, rows[-1]) if args.lead else "ALARM, diverged student"
+                die(f"stopped at iteration {iteration}: {words}")
             if args.lead and (done or stop or iteration % args.checkpoint_every == 0):
                 save_state(args, sets, optimizer, rows, done)
             if done:
@@ -734,26 +775,53 @@ def calibrate(args: Namespace) -> None:
     adapter, N, rows = validation.adapter, args.student_steps, read_metadata(args.state)["rows"]
     saved, count = load_file(args.state), range(len(adapter.params))
     sets = {k: [saved[f"{k}.{i}"].to(args.device) for i in count] for k in ("student", "slow")}
-    found = {name: validation.search(sets[name], N) for name in sets}
+    measured = {name: validation.measure(sets[name], [N]) for name in sets}
+    sound = [name for name in sets if not diverged(args, measured[name])]
+    if not sound:
+        die(f"nothing is saved: {verdict(args, measured['student'])}")
+    found = {name: validation.search(sets[name], N) for name in sound}
     name = min(found, key=found.get)
-    others = tqdm([n for n in args.steps if n != N], "calibrate")
-    scales = {n: validation.search(sets[name], n)[1] for n in others} | {N: found[name][1]}
+    best = {N: found[name]}
+    for n in tqdm([n for n in args.steps if n != N], "calibrate"):
+        best[n] = validation.search(sets[name], n)
+    scales, uncalibrated = {}, []
+    for n, (distance, scale) in sorted(best.items()):
+        teacher = rms(validation.end(None, n) - validation.fine)
+        scales[n] = scale
+        # Where every scale ends where the teacher does, the least distance is rounding.
+        if scale in SCALES or not distance < 0.999 * teacher:
+            uncalibrated.append(n)
+            scales[n] = 1.0
+    note = verdict(args, validation.report(sets[name], "saved"), N not in uncalibrated)
+    if uncalibrated:
+        note += f". {no_scale(uncalibrated)}"
     metadata = {
         "base_model": args.base_model, "student_steps": N, "shift": args.shift,
-        "scales": dict(sorted(scales.items())),
+        "scales": scales, "uncalibrated": uncalibrated,
         "resolution": args.resolution, "guidance": args.guidance, "rank": args.rank,
         "max_sequence_length": validation.cond["text"].shape[1], "iterations": len(rows),
         "weights": {"slow": "slow average of the student"}.get(name, name),
-        "note": verdict(args, validation.report(sets[name], "saved")),
+        "note": note,
         "settings": args.settings, "key": args.key,
     }  # fmt: skip
     adapter.use(sets[name], scales[N])
     check = {"latents": sample(args, load(args, "image"), *held_out(args, [0], "check"), N)}
+    if not check["latents"].isfinite().all():
+        die(f"nothing is saved: at scale {scales[N]:g} the student's latents hold NaN or infinity;"
+            " distil with a lower --learning-rate in another --out")  # fmt: skip
     write_tensors(args.check, check, {"key": args.key})
     FluxPipeline.save_lora_weights(
         args.out, get_peft_model_state_dict(adapter.net),
         save_function=lambda tensors, path: write_tensors(Path(path), tensors, metadata),
     )  # fmt: skip
+
+
+def no_scale(steps: list[int]) -> str:
+    """Says for which numbers of steps the adapter has no scale to recommend."""
+    counts = " or ".join(map(str, steps))
+    return (f"For {counts} steps no scale from {SCALES[0]:g} to {SCALES[1]:g} was best: 1 stands"
+            " in its place and is no recommendation. Train longer, or shorter if the student"
+            " overshot")  # fmt: skip
 
 
 def read_adapter(args: Namespace) -> dict:
@@ -795,6 +863,9 @@ def compare(args: Namespace) -> dict:
         latents, pixels = run(n, scales[name][n])
         error = (pixels - pictures).square().mean((1, 2, 3)).clamp(min=1e-10)
         row = {"sampler": name, "steps": n, "scale": scales[name][n], "rmse": rms(latents - fine)}
+        if not math.isfinite(row["rmse"]):
+            die(f"{args.lora} gives NaN or infinity in {n} steps at scale {row['scale']:g}: do not"
+                " use it, distil with a lower --learning-rate in another --out")  # fmt: skip
         table.append(row | {"psnr": -10 * error.log10().mean().item()})
         if n == N:
             shown[name] = pixels
@@ -844,7 +915,9 @@ def markdown(results: dict) -> str:
     for name in names:
         row = [cells[name, n] for n in steps]
         lines.append([name, *(f"{cell['rmse']:.3f} / {cell['psnr']:.1f}" for cell in row)])
-    lines.append(["its scale", *(f"{cell['scale']:.2f}" for cell in row)])
+    missing = results["adapter"].get("uncalibrated", ())
+    scales = ["none found" if cell["steps"] in missing else f"{cell['scale']:.2f}" for cell in row]
+    lines.append(["its scale", *scales])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
