@@ -41,8 +41,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.training_utils import free_memory, generate_aspect_ratio_buckets
+from huggingface_hub import ModelCardData, hf_hub_download
 from huggingface_hub import errors as hub
-from huggingface_hub import hf_hub_download
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from transformers import CLIPTextModel, T5EncoderModel
@@ -921,30 +921,26 @@ def markdown(results: dict) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-CARD = """---
-base_model: {base_model}
-base_model_relation: adapter
-library_name: diffusers
-pipeline_tag: text-to-image
-license: other
-license_name: {license_name}
-tags: [flux, lora, few-step, distillation]
----
-# {base_model} in {student_steps} steps
+CARD = """{head}
+# {title} in {student_steps} steps
 
 A LoRA of rank {rank}, made by SCFM ([arXiv 2510.17858](https://arxiv.org/abs/2510.17858)). As an
-adapter of {base_model} it inherits that model's licence.
+adapter of {title} it inherits that model's licence.
+{alarm}
+It was made on the base model in {precision}: use the same precision. {layers}
 
 ![Teacher in {student_steps} steps, student in {student_steps}, teacher in {fine}](comparison.png)
 
 *Same noise in each column; prompts that were not trained on, not selected.*
 
+## diffusers
+
 ```python
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-
-pipe = FluxPipeline.from_pretrained("{base_model}", dtype=torch.{dtype}).to("{device}")
-pipe.load_lora_weights("{out}", weight_name="{lora}", adapter_name="scfm")
+{int8}
+pipe = FluxPipeline.from_pretrained({base_model!r}, dtype=torch.{dtype}{quantized}).to("{device}")
+pipe.load_lora_weights({out!r}, weight_name="{lora}", adapter_name="scfm")
 pipe.set_adapters("scfm", {scale})
 pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
     pipe.scheduler.config, use_dynamic_shifting=False, shift={shift})
@@ -953,34 +949,119 @@ image = pipe("PROMPT", num_inference_steps={student_steps}, guidance_scale={guid
              height={resolution}, width={resolution}).images[0]
 ```
 
-Scale for each number of steps: {scales}.
+With a second LoRA, name both: `pipe.set_adapters(["scfm", "other"], [{scale}, 1.0])`. Loading the
+second one alone switches this one off. To fuse, call `pipe.fuse_lora()` after `set_adapters`, and
+without `lora_scale`, which would apply the scale twice.
+
+## ComfyUI
+
+Put `{lora}` into `models/loras`.
+
+| node | values |
+| --- | --- |
+| Load LoRA (`LoraLoaderModelOnly`: model only, not the Bypass variant) | strength {scale} |
+| ModelSamplingAuraFlow | shift {shift:g} |
+| FluxGuidance | guidance {guidance:g} |
+| KSampler | steps {student_steps}, cfg 1, sampler euler, scheduler simple, denoise 1 |
+
+The exact times, for the node ManualSigmas: `{times}`. {no_node}
+
+Not suited: ModelSamplingSD3, ModelSamplingFlux with its defaults below 1024 px, the schedulers
+normal and beta, ancestral and lcm samplers.
+
+## Other numbers of steps
+
+{strengths}
 
 RMSE of latents / PSNR of pictures (dB) to {fine} steps of the teacher, {noises} noises, held-out
 prompts. Two seeds of the teacher are {seed_to_seed:.3f} apart. Scaled: by the last row.
 
 {table}
 
-Saved: the {weights}, after {iterations} iterations. On the validation prompts, at scale 1,
-{note}. In a fresh diffusers pipeline the file gives the latents of
-training, relative difference {self_check:.1g}; other tools are untested.
+## How it was made
+
+Saved: the {weights}, after {iterations} iterations. {verdict} In a fresh diffusers pipeline the
+file gives the latents of training, relative difference {self_check:.1g}.
 
 Settings: {list}.
 """
+LAYERS = {  # of the LoRA, and which tools take them
+    "blocks": """The LoRA is on the linear layers inside the transformer's blocks. The code by which
+ComfyUI, InvokeAI, mflux, DiffSynth and sd-scripts map the keys of a LoRA was run on such a file and
+found a place for all of them.""",
+    "all": """The LoRA is on all linear layers, and only diffusers and ComfyUI take all of them.
+InvokeAI refuses the file because of `norm_out.linear`. mflux, DiffSynth and sd-scripts drop the ten
+layers outside the blocks (`x_embedder`, `context_embedder`, six of `time_text_embed`, `norm_out`,
+`proj_out`), which cost 40 % of the gain when it was tried on a tiny Flux. `--layers blocks` makes a
+file without them.""",
+}
+INT8 = """from diffusers import PipelineQuantizationConfig, TorchAoConfig
+from torchao.quantization import Int8WeightOnlyConfig
+
+int8 = PipelineQuantizationConfig(
+    quant_mapping={"transformer": TorchAoConfig(Int8WeightOnlyConfig())})"""
+COMFY_SHIFT = math.exp(1.15)  # of Flux in ComfyUI, where no node sets another
 
 
 def card(args: Namespace, results: dict) -> str:
     """The model card."""
-    adapter, dev = results["adapter"], "flux.1-dev" in args.base_model.lower()
-    words = {
-        k: ", ".join(f"{n}: {x}" for n, x in adapter[k].items()) for k in ("scales", "settings")
-    }
+    adapter = results["adapter"]
+    settings, N, shift = adapter["settings"], adapter["student_steps"], adapter["shift"]
+    dtype = precision = "bfloat16" if args.device == "cuda" else "float32"
+    int8 = settings["quantize"] == "int8"
+    if int8:
+        precision = f"int8 (the weights of its transformer, by torchao) and {dtype}"
+    low, high = settings["shift_range"]
+    no_node = f"""Without a model sampling node ComfyUI samples Flux at a shift of
+{COMFY_SHIFT:.3f}, which lies in the range that this student was trained on, {low:g} to {high:g}."""
+    verdict = f"On the validation prompts, at scale 1: {adapter['note']}."
+    alarming = "ALARM" in verdict or adapter["uncalibrated"]
+    rows = ["| steps | scale, or strength | times for ManualSigmas |", "| --- | --- | --- |"]
+    for n, scale in adapter["scales"].items():
+        scale = "none found" if n in adapter["uncalibrated"] else scale
+        rows.append(f"| {n} | {scale} | `{times(n, shift)}` |")
     return CARD.format(**results | adapter | {
-        "scale": adapter["scales"][adapter["student_steps"]], "scales": words["scales"],
-        "list": words["settings"], "table": markdown(results), "lora": LORA, "fine": FINE,
-        "license_name": "flux-1-dev-non-commercial-license" if dev else "that-of-the-base-model",
-        "dtype": "bfloat16" if args.device == "cuda" else "float32", "device": args.device,
-        "out": args.out.resolve().name,
+        "head": card_head(adapter["base_model"]), "title": code(adapter["base_model"]),
+        "alarm": f"\n> Warning. {verdict}\n" if alarming else "",
+        "verdict": "" if alarming else verdict,
+        "precision": precision,
+        "int8": INT8 if int8 else "", "quantized": ", quantization_config=int8" if int8 else "",
+        "layers": LAYERS[settings["layers"]], "scale": adapter["scales"][N],
+        "times": times(N, shift), "no_node": no_node if low <= COMFY_SHIFT <= high else "",
+        "strengths": "\n".join(rows), "table": markdown(results), "lora": LORA, "fine": FINE,
+        "list": ", ".join(f"{name}: {code(value)}" for name, value in settings.items()),
+        "dtype": dtype, "device": args.device, "out": args.out.resolve().name,
     })  # fmt: skip
+
+
+def card_head(base_model: str) -> str:
+    """The card's YAML; the Hub takes a name of its own as base model, and refuses a folder's."""
+    dev = "flux.1-dev" in base_model.lower()
+    relation = {"base_model": base_model, "base_model_relation": "adapter"}
+    data = ModelCardData(
+        **(relation if "/" in base_model else {}),
+        library_name="diffusers", pipeline_tag="text-to-image", license="other",
+        license_name="flux-1-dev-non-commercial-license" if dev else "that-of-the-base-model",
+        tags=["flux", "lora", "few-step", "distillation"],
+    )  # fmt: skip
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def times(steps: int, shift: float) -> str:
+    """Times of a sampler with six significant digits, and without the e of small ones."""
+    digits = partial(np.format_float_positional, precision=6, fractional=False, trim="-")
+    return ", ".join(map(digits, sc.time_grid(steps, shift).tolist()))
+
+
+def code(value) -> str:
+    """A value as code in Markdown, whatever characters it holds."""
+    text = " ".join(str(value).split())
+    text = text.encode("utf-8", "replace").decode()  # names of files need not be UTF-8
+    fence = "`"
+    while fence in text:
+        fence += "`"
+    space = " " if "`" in text else ""
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 def render(args: Namespace) -> None:
@@ -1087,7 +1168,9 @@ def prepare(args: Namespace) -> None:
     args.lora, args.check = args.out / LORA, args.out / "cache/check.safetensors"
     args.state, args.steps = args.out / "checkpoint/state.safetensors", {*STEPS, args.student_steps}
     args.steps = sorted(args.steps)
-    args.base_model = Path(args.model).name if Path(args.model).is_absolute() else args.model
+    args.base_model = args.model  # no path of this machine is written anywhere
+    if Path(args.model).is_dir():
+        args.base_model = Path(os.path.abspath(args.model)).name
     args.folder = locate(args)
     files = sorted(args.folder.glob("*/*.json")) + sorted(args.folder.glob("*/*.safetensors"))
     model = args.model_print = digest([[*p.parts[-2:], file_print(p)] for p in files])
