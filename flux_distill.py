@@ -989,11 +989,11 @@ LAYERS = {  # of the LoRA, and which tools take them
     "blocks": """The LoRA is on the linear layers inside the transformer's blocks. The code by which
 ComfyUI, InvokeAI, mflux, DiffSynth and sd-scripts map the keys of a LoRA was run on such a file and
 found a place for all of them.""",
-    "all": """The LoRA is on all linear layers, and only diffusers and ComfyUI take all of them.
-InvokeAI refuses the file because of `norm_out.linear`. mflux, DiffSynth and sd-scripts drop the ten
-layers outside the blocks (`x_embedder`, `context_embedder`, six of `time_text_embed`, `norm_out`,
-`proj_out`), which cost 40 % of the gain when it was tried on a tiny Flux. `--layers blocks` makes a
-file without them.""",
+    "all": """The LoRA is on all linear layers, which not every tool takes. InvokeAI refuses the
+file because of `norm_out.linear`. mflux, DiffSynth and sd-scripts drop the ten layers outside the
+blocks (`x_embedder`, `context_embedder`, six of `time_text_embed`, `norm_out`, `proj_out`), which
+cost 40 % of the gain when it was tried on a tiny Flux. `--layers blocks` makes a file without
+them.""",
 }
 INT8 = """from diffusers import PipelineQuantizationConfig, TorchAoConfig
 from torchao.quantization import Int8WeightOnlyConfig
