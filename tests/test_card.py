@@ -163,6 +163,19 @@ def test_a_scale_at_the_edge_is_not_recommended(tmp_path, monkeypatch, edge):
     assert "| its scale | none found | 1.23 |" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_nan_at_the_recommended_scale_saves_nothing(tmp_path, monkeypatch):
+    """On other prompts and noises than those that chose the scale."""
+    held_out = fd.held_out
+
+    def spoiled(args, texts, purpose):
+        cond, noise = held_out(args, texts, purpose)
+        return cond, noise * math.nan if purpose == "check" else noise
+
+    monkeypatch.setattr(fd, "held_out", spoiled)
+    says("nothing is saved: at scale .* NaN or infinity.*another --out", "--out", tmp_path / "out")
+    assert not {fd.LORA, "README.md", "results.json"} & set(content(tmp_path / "out"))
+
+
 def test_nan_in_the_comparison_ends_it(tmp_path, monkeypatch):
     def spoiled(args, pipe, cond, noise, steps):
         latents = sample(args, pipe, cond, noise, steps)
