@@ -62,6 +62,7 @@ TORCHRUN = (("RANK", 0), ("WORLD_SIZE", 1))  # what it sets, and what holds with
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 SMALLER = """what helps, in this order: gradient checkpointing (no --no-checkpointing), --batch 4 \
 --accumulate 2 (down to --batch 1), --rank 16, --quantize int8, --layers blocks, --resolution 256"""
+LOWER = "distil with a lower --learning-rate in another --out"  # what helps a diverged student
 PROMPTS = """a red fox asleep in fresh snow, soft morning light; a bowl of ramen, seen from above
 an old fisherman mending a net, black and white; a lighthouse on a cliff in a storm, oil painting
 a hand-painted shop sign that says "FRESH BREAD"; a city street at night in the rain, neon lights
@@ -532,12 +533,11 @@ class Validation:
         ends = [self.coarse, self.end(weights, N), self.fine]
         pictures = [decode(load(args, "image"), x[: len(texts)], args.size) for x in ends]
         draw(args, pictures, texts, f"validation/{name}.png")
-        return self.measure(weights, args.steps)
+        return self.measure(weights, ends[1], args.steps)
 
-    def measure(self, weights: list[Tensor], steps) -> dict[str, float]:
+    def measure(self, weights: list[Tensor], end: Tensor, steps) -> dict[str, float]:
         """lam* for these numbers of steps; how far teacher and student end from FINE steps."""
         lams = {f"lam_{n}": self.lam(weights, n) for n in steps}
-        end = self.end(weights, self.args.student_steps)
         return lams | {"teacher_rmse": rms(self.coarse - self.fine), "rmse": rms(end - self.fine)}
 
 
@@ -554,12 +554,14 @@ def remember(velocity):
 
 
 def diverged(args: Namespace, row: dict[str, float], factor: float = 2.0) -> bool:
-    """Whether the student holds NaN, or ends `factor` times as far off as the teacher for nothing.
+    """Whether the student is not finite, or far off: over `factor` times as far as the teacher.
 
-    A student that only overshoots as far still has a lam* of about 1 / (1 + factor).
+    One that is far off because it overshoots keeps a lam* of about 1 / (1 + factor): a scale mends
+    it, and it has not diverged.
     """
     student, lam = row["rmse"], row[f"lam_{args.student_steps}"]
-    return not math.isfinite(student) or (student > factor * row["teacher_rmse"] and not lam >= 0.1)
+    far = student > factor * row["teacher_rmse"]
+    return not math.isfinite(student) or (far and not lam >= 0.1)
 
 
 def verdict(args: Namespace, row: dict[str, float], scaled: bool = True) -> str:
@@ -570,10 +572,7 @@ def verdict(args: Namespace, row: dict[str, float], scaled: bool = True) -> str:
     if not math.isfinite(student):
         distances = f"in {N} steps its latents hold NaN or infinity"
     if diverged(args, row):
-        return (
-            f"ALARM, diverged student: {distances}; distil with a lower --learning-rate in another"
-            " --out"
-        )
+        return f"ALARM, diverged student: {distances}; {LOWER}"
     if (lam := row[f"lam_{N}"]) < 0.8 and abs(student / teacher - 1) > 0.02:
         way_out = "use its scale, or train shorter" if scaled else "train shorter"
         return f"ALARM, overshot: lam* is {lam:.2f}; {distances}; {way_out}"
@@ -671,7 +670,7 @@ def train(args: Namespace) -> None:
             add_up(args, ends := torch.tensor([done, len(asked), lost], device=args.device))
             done, stop, lost = map(bool, ends.tolist())  # of any process
             if lost:  # not saved: the same command comes to the same end
-                words = verdict(args, rows[-1]) if args.lead else "ALARM, diverged student"
+                words = verdict(args, rows[-1]) if args.lead else f"diverged student; {LOWER}"
                 die(f"stopped at iteration {iteration}: {words}")
             if args.lead and (done or stop or iteration % args.checkpoint_every == 0):
                 save_state(args, sets, optimizer, rows, done)
@@ -775,11 +774,13 @@ def calibrate(args: Namespace) -> None:
     adapter, N, rows = validation.adapter, args.student_steps, read_metadata(args.state)["rows"]
     saved, count = load_file(args.state), range(len(adapter.params))
     sets = {k: [saved[f"{k}.{i}"].to(args.device) for i in count] for k in ("student", "slow")}
-    measured = {name: validation.measure(sets[name], [N]) for name in sets}
-    sound = [name for name in sets if not diverged(args, measured[name])]
-    if not sound:
+    found, measured = {}, {}
+    for name, weights in sets.items():
+        measured[name] = validation.measure(weights, validation.end(weights, N), [N])
+        if not diverged(args, measured[name]):
+            found[name] = validation.search(weights, N)
+    if not found:
         die(f"nothing is saved: {verdict(args, measured['student'])}")
-    found = {name: validation.search(sets[name], N) for name in sound}
     name = min(found, key=found.get)
     best = {N: found[name]}
     for n in tqdm([n for n in args.steps if n != N], "calibrate"):
@@ -808,7 +809,7 @@ def calibrate(args: Namespace) -> None:
     check = {"latents": sample(args, load(args, "image"), *held_out(args, [0], "check"), N)}
     if not check["latents"].isfinite().all():
         die(f"nothing is saved: at scale {scales[N]:g} the student's latents hold NaN or infinity;"
-            " distil with a lower --learning-rate in another --out")  # fmt: skip
+            f" {LOWER}")  # fmt: skip
     write_tensors(args.check, check, {"key": args.key})
     FluxPipeline.save_lora_weights(
         args.out, get_peft_model_state_dict(adapter.net),
@@ -865,7 +866,7 @@ def compare(args: Namespace) -> dict:
         row = {"sampler": name, "steps": n, "scale": scales[name][n], "rmse": rms(latents - fine)}
         if not math.isfinite(row["rmse"]):
             die(f"{args.lora} gives NaN or infinity in {n} steps at scale {row['scale']:g}: do not"
-                " use it, distil with a lower --learning-rate in another --out")  # fmt: skip
+                f" use it, {LOWER}")  # fmt: skip
         table.append(row | {"psnr": -10 * error.log10().mean().item()})
         if n == N:
             shown[name] = pixels
@@ -969,7 +970,7 @@ The exact times, for the node ManualSigmas: `{times}`. {no_node}
 Not suited: ModelSamplingSD3, ModelSamplingFlux with its defaults below 1024 px, the schedulers
 normal and beta, ancestral and lcm samplers.
 
-## Other numbers of steps
+## Scale and times for each number of steps
 
 {strengths}
 
@@ -1015,10 +1016,11 @@ def card(args: Namespace, results: dict) -> str:
     no_node = f"""Without a model sampling node ComfyUI samples Flux at a shift of
 {COMFY_SHIFT:.3f}, which lies in the range that this student was trained on, {low:g} to {high:g}."""
     verdict = f"On the validation prompts, at scale 1: {adapter['note']}."
-    alarming = "ALARM" in verdict or adapter["uncalibrated"]
+    missing = adapter.get("uncalibrated", ())
+    alarming = "ALARM" in verdict or missing
     rows = ["| steps | scale, or strength | times for ManualSigmas |", "| --- | --- | --- |"]
     for n, scale in adapter["scales"].items():
-        scale = "none found" if n in adapter["uncalibrated"] else scale
+        scale = "none found" if n in missing else scale
         rows.append(f"| {n} | {scale} | `{times(n, shift)}` |")
     return CARD.format(**results | adapter | {
         "head": card_head(adapter["base_model"]), "title": code(adapter["base_model"]),
