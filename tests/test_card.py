@@ -431,7 +431,9 @@ def test_no_path_of_the_machine_is_written(tmp_path, monkeypatch, form):
     text = (out / "README.md").read_text("utf-8")
     assert "base_model" not in head_of(text)
     for name, data in content(out).items():
-        assert b"secret place" not in data and b"../" not in data, name
+        assert b"secret place" not in data, name
+    assert "../" not in text + (out / "results.json").read_text()
+    assert fd.read_metadata(out / fd.LORA)["base_model"] == model.name
     monkeypatch.chdir(place)
     names = {}
     exec(snippet_of(text), names)
