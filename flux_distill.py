@@ -56,8 +56,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.training_utils import free_memory, generate_aspect_ratio_buckets
+from huggingface_hub import ModelCardData, hf_hub_download
 from huggingface_hub import errors as hub
-from huggingface_hub import hf_hub_download
 from transformers import CLIPTextModel, T5EncoderModel
 
 import shortcut as sc
@@ -77,6 +77,7 @@ STOPS = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows lacks the last
 DISK_FULL = [getattr(errno, name) for name in ("ENOSPC", "EDQUOT") if hasattr(errno, name)]
 FINE = 32  # steps of the teacher that stand for all of its quality
 STEPS = (2, 3, 4, 6, 8)  # watched while training, calibrated and compared; with --student-steps
+SCALES = (0.05, 8.0)  # of the LoRA, searched between these; one of them itself is no best scale
 TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
 TEXT_SIDE = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2")
 TEXT_TOKENS, MOST_TEXT_TOKENS = 256, 512  # of T5: by default, and the longest text it knows
@@ -89,6 +90,7 @@ SAMPLING = """model out sample student_steps resolution guidance shift seed batc
 text_tokens"""  # the settings that --sample obeys
 SMALLER = """what helps, in this order: --recompute-every 1, --batch 4 \
 --accumulate 2 (down to --batch 1), --rank 16, --quantize int8, --resolution 256"""
+LOWER = "distil with a lower --learning-rate in another --out"  # what helps a diverged student
 PROMPTS = """a red fox asleep in fresh snow, soft morning light; a bowl of ramen, seen from above
 an old fisherman mending a net, black and white; a lighthouse on a cliff in a storm, oil painting
 a hand-painted shop sign that says "FRESH BREAD"; a city street at night in the rain, neon lights
@@ -645,7 +647,7 @@ class Adapter:
         self.use(weights)
         ratios = []
         for layer in self.layers.values():
-            A, B, W = layer.A.float(), layer.B.float(), layer.base.weight.float()
+            A, B, W = layer.A.float(), layer.B.float(), layer.base.weight.dequantize().float()
             change = ((A @ A.T) * (B.T @ B)).sum().sqrt()  # |B A|, without the large matrix
             ratios.append((scale * change / W.norm()).item())
         return float(np.median(ratios))
@@ -1037,13 +1039,26 @@ class Validation:
         return sc.optimal_scale(student, teacher, self.noise, times, **self.cond).item()
 
     def search(self, weights: Tensor, steps: int) -> tuple[float, float]:
-        """Least distance to where FINE steps end, and its scale: two searches, from lam* on."""
-        best, tries = min(max(self.lam(weights, steps), 0.1), 5.0), []
-        for spread in (0.4, 0.15):
-            for scale in (best * np.linspace(1 - spread, 1 + spread, 5)).round(3).tolist():
-                tries.append((rms(self.end(weights, steps, scale) - self.fine), scale))
-            best = min(tries)[1]
-        return min(tries)
+        """Least distance to where FINE steps end, and its scale: two searches, from lam* on.
+
+        A wide search that ends at its own border is repeated around it, up to those of SCALES.
+        """
+        lam, distances = self.lam(weights, steps), {}
+        best = min(max(lam, 0.1), 5.0) if math.isfinite(lam) else 1.0
+
+        def look(center: float, spread: float) -> float:
+            tries = center * np.linspace(1 - spread, 1 + spread, 5)
+            for scale in tries.round(3).clip(*SCALES).tolist():
+                if scale not in distances:
+                    distance = rms(self.end(weights, steps, scale) - self.fine)
+                    distances[scale] = distance if math.isfinite(distance) else math.inf
+            return min(distances, key=distances.get)
+
+        best = look(best, 0.4)
+        while best in (min(distances), max(distances)) and best not in SCALES:
+            best = look(best, 0.4)
+        best = look(best, 0.15)
+        return distances[best], best
 
     def report(self, weights: Tensor, name: str) -> dict[str, float]:
         """lam* and distances to where FINE steps of the teacher end, for the log; a picture."""
@@ -1051,8 +1066,12 @@ class Validation:
         ends = [self.coarse, self.end(weights, N), self.fine]
         pictures = [decode(load(args, "image"), x[: len(texts)], args.size) for x in ends]
         draw(args, pictures, texts, f"validation/{name}.png")
-        lams = {f"lam_{n}": self.lam(weights, n) for n in args.steps}
-        return lams | {"teacher_rmse": rms(ends[0] - ends[2]), "rmse": rms(ends[1] - ends[2])}
+        return self.measure(weights, ends[1], args.steps)
+
+    def measure(self, weights: Tensor, end: Tensor, steps) -> dict[str, float]:
+        """lam* for these numbers of steps; how far teacher and student end from FINE steps."""
+        lams = {f"lam_{n}": self.lam(weights, n) for n in steps}
+        return lams | {"teacher_rmse": rms(self.coarse - self.fine), "rmse": rms(end - self.fine)}
 
 
 def remember(velocity):
@@ -1067,13 +1086,29 @@ def remember(velocity):
     return remembered
 
 
-def verdict(args: Namespace, row: dict[str, float]) -> str:
-    """In words, whether the student learned."""
+def diverged(args: Namespace, row: dict[str, float], factor: float = 2.0) -> bool:
+    """Whether the student is not finite, or far off: over `factor` times as far as the teacher.
+
+    One that is far off because it overshoots keeps a lam* of about 1 / (1 + factor): a scale mends
+    it, and it has not diverged.
+    """
+    student, lam = row["rmse"], row[f"lam_{args.student_steps}"]
+    far = student > factor * row["teacher_rmse"]
+    return not math.isfinite(student) or (far and not lam >= 0.1)
+
+
+def verdict(args: Namespace, row: dict[str, float], scaled: bool = True) -> str:
+    """In words, whether the student learned; `scaled`: a scale was found, or may be."""
     N, student, teacher = args.student_steps, row["rmse"], row["teacher_rmse"]
     distances = (f"in {N} steps the student ends {student:.3f} from the teacher's {FINE} steps, the"
                  f" teacher itself {teacher:.3f}")  # fmt: skip
+    if not math.isfinite(student):
+        distances = f"in {N} steps its latents hold NaN or infinity"
+    if diverged(args, row):
+        return f"ALARM, diverged student: {distances}; {LOWER}"
     if (lam := row[f"lam_{N}"]) < 0.8 and abs(student / teacher - 1) > 0.02:
-        return f"ALARM, overshot: lam* is {lam:.2f}; {distances}; use its scale, or train shorter"
+        way_out = "use its scale, or train shorter" if scaled else "train shorter"
+        return f"ALARM, overshot: lam* is {lam:.2f}; {distances}; {way_out}"
     if not student < 0.98 * teacher:
         return f"ALARM, inert student: {distances}; train longer or with a higher --learning-rate"
     return distances
@@ -1233,7 +1268,7 @@ def train(args: Namespace) -> None:
             for name, decay in decays.items():
                 sc.update_ema([sets[name]], [student], decay, iteration)
             rows.append(row | {"gradient_norm": norm, "learning_rate": rate})
-            done = iteration == args.iterations
+            done, lost = iteration == args.iterations, False
             if args.lead and iteration == third:
                 seconds = time.perf_counter() - began
                 words = forecast(args, validation, iteration, seconds)
@@ -1244,12 +1279,17 @@ def train(args: Namespace) -> None:
                 rows[-1] |= validation.report(student, f"{iteration:06d}")
                 bar.set_description("train")
                 bar.set_postfix({f"lam*({N})": f"{rows[-1][f'lam_{N}']:.2f}"})
-                if 2 * iteration >= args.iterations and "ALARM" in verdict(args, rows[-1]):
+                lost = diverged(args, rows[-1], 5.0)
+                alarm = 2 * iteration >= args.iterations and not lost
+                if alarm and "ALARM" in verdict(args, rows[-1]):
                     tqdm.write(f"iteration {iteration}: {verdict(args, rows[-1])}")
                 done |= args.stop_when_matched and matched(args, rows)
                 write_log(args, rows)
-            add_up(args, ends := torch.tensor([done, len(asked)], device=args.device))
-            done, stop = map(bool, ends.tolist())  # of any process
+            add_up(args, ends := torch.tensor([done, len(asked), lost], device=args.device))
+            done, stop, lost = map(bool, ends.tolist())  # of any process
+            if lost:  # not saved: the same command comes to the same end
+                words = verdict(args, rows[-1]) if args.lead else f"diverged student; {LOWER}"
+                die(f"stopped at iteration {iteration}: {words}")
             if args.lead and (done or stop or iteration % args.checkpoint_every == 0):
                 save_state(args, sets, optimizer, rows, done)
                 args.costs.save()
@@ -1363,28 +1403,57 @@ def calibrate(args: Namespace) -> None:
     adapter, N, rows = validation.adapter, args.student_steps, read_metadata(args.state)["rows"]
     saved = load_file(args.state)
     sets = {name: saved[name].to(args.device) for name in ("student", "slow")}
-    found = {name: validation.search(sets[name], N) for name in sets}
+    found, measured = {}, {}
+    for name, weights in sets.items():
+        measured[name] = validation.measure(weights, validation.end(weights, N), [N])
+        if not diverged(args, measured[name]):
+            found[name] = validation.search(weights, N)
+    if not found:
+        die(f"nothing is saved: {verdict(args, measured['student'])}")
     name = min(found, key=found.get)
-    others = tqdm([n for n in args.steps if n != N], "calibrate")
-    scales = {n: validation.search(sets[name], n)[1] for n in others} | {N: found[name][1]}
+    best = {N: found[name]}
+    for n in tqdm([n for n in args.steps if n != N], "calibrate"):
+        best[n] = validation.search(sets[name], n)
+    scales, uncalibrated = {}, []
+    for n, (distance, scale) in sorted(best.items()):
+        teacher = rms(validation.end(None, n) - validation.fine)
+        scales[n] = scale
+        # Where every scale ends where the teacher does, the least distance is rounding.
+        if scale in SCALES or not distance < 0.999 * teacher:
+            uncalibrated.append(n)
+            scales[n] = 1.0
+    note = verdict(args, validation.report(sets[name], "saved"), N not in uncalibrated)
+    if uncalibrated:
+        note += f". {no_scale(uncalibrated)}"
     metadata = {
         "base_model": args.base_model, "student_steps": N, "shift": args.shift,
-        "scales": dict(sorted(scales.items())),
+        "scales": scales, "uncalibrated": uncalibrated,
         "resolution": args.resolution, "guidance": args.guidance, "rank": args.rank,
         "max_sequence_length": validation.cond["text"].shape[1], "iterations": len(rows),
         "weights": {"slow": "slow average of the student"}.get(name, name),
-        "note": verdict(args, validation.report(sets[name], "saved")),
+        "note": note,
         "checks": read_metadata(args.state)["checks"],
         "relative_change": adapter.relative_change(sets[name], scales[N]),
         "settings": args.settings, "key": args.key,
     }  # fmt: skip
     adapter.use(sets[name], scales[N])
     check = {"latents": sample(args, load(args, "image"), *held_out(args, [0], "check"), N)}
+    if not check["latents"].isfinite().all():
+        die(f"nothing is saved: at scale {scales[N]:g} the student's latents hold NaN or infinity;"
+            f" {LOWER}")  # fmt: skip
     write_tensors(args.check, check, {"key": args.key})
     FluxPipeline.save_lora_weights(
         args.out, adapter.named(sets[name]),
         save_function=lambda tensors, path: write_tensors(Path(path), tensors, metadata),
     )  # fmt: skip
+
+
+def no_scale(steps: list[int]) -> str:
+    """Says for which numbers of steps the adapter has no scale to recommend."""
+    counts = " or ".join(map(str, steps))
+    return (f"For {counts} steps no scale from {SCALES[0]:g} to {SCALES[1]:g} was best: 1 stands"
+            " in its place and is no recommendation. Train longer, or shorter if the student"
+            " overshot")  # fmt: skip
 
 
 def read_adapter(args: Namespace) -> dict:
@@ -1437,6 +1506,9 @@ def compare(args: Namespace) -> dict:
         latents, pixels = run(n, scales[name][n])
         error = (pixels - pictures).square().mean((1, 2, 3)).clamp(min=1e-10)
         row = {"sampler": name, "steps": n, "scale": scales[name][n], "rmse": rms(latents - fine)}
+        if not math.isfinite(row["rmse"]):
+            die(f"{args.lora} gives NaN or infinity in {n} steps at scale {row['scale']:g}: do not"
+                f" use it, {LOWER}")  # fmt: skip
         table.append(row | {"psnr": -10 * error.log10().mean().item()})
         if n == N:
             shown[name] = pixels
@@ -1484,34 +1556,32 @@ def markdown(results: dict) -> str:
     for name in names:
         row = [cells[name, n] for n in steps]
         lines.append([name, *(f"{cell['rmse']:.3f} / {cell['psnr']:.1f}" for cell in row)])
-    lines.append(["its scale", *(f"{cell['scale']:.2f}" for cell in row)])
+    missing = results["adapter"].get("uncalibrated", ())
+    scales = ["none found" if cell["steps"] in missing else f"{cell['scale']:.2f}" for cell in row]
+    lines.append(["its scale", *scales])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-CARD = """---
-base_model: {base_model}
-base_model_relation: adapter
-library_name: diffusers
-pipeline_tag: text-to-image
-license: other
-license_name: {license_name}
-tags: [flux, lora, few-step, distillation]
----
-# {base_model} in {student_steps} steps
+CARD = """{head}
+# {title} in {student_steps} steps
 
 A LoRA of rank {rank}, made by SCFM ([arXiv 2510.17858](https://arxiv.org/abs/2510.17858)). As an
-adapter of {base_model} it inherits that model's licence.
+adapter of {title} it inherits that model's licence.
+{alarm}
+It was made on the base model in {precision}: use the same precision. {layers}
 
 ![Teacher in {student_steps} steps, student in {student_steps}, teacher in {fine}](comparison.png)
 
 *Same noise in each column; prompts that were not trained on, not selected.*
 
+## diffusers
+
 ```python
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-
-pipe = FluxPipeline.from_pretrained("{base_model}", dtype=torch.{dtype}).to("{device}")
-pipe.load_lora_weights("{out}", weight_name="{lora}", adapter_name="scfm")
+{int8}
+pipe = FluxPipeline.from_pretrained({base_model!r}, dtype=torch.{dtype}{quantized}).to("{device}")
+pipe.load_lora_weights({out!r}, weight_name="{lora}", adapter_name="scfm")
 pipe.set_adapters("scfm", {scale})
 pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
     pipe.scheduler.config, use_dynamic_shifting=False, shift={shift})
@@ -1520,34 +1590,120 @@ image = pipe("PROMPT", num_inference_steps={student_steps}, guidance_scale={guid
              height={resolution}, width={resolution}).images[0]
 ```
 
-Scale for each number of steps: {scales}.
+With a second LoRA, name both: `pipe.set_adapters(["scfm", "other"], [{scale}, 1.0])`. Loading the
+second one alone switches this one off. To fuse, call `pipe.fuse_lora()` after `set_adapters`, and
+without `lora_scale`, which would apply the scale twice.
+
+## ComfyUI
+
+Put `{lora}` into `models/loras`.
+
+| node | values |
+| --- | --- |
+| Load LoRA (`LoraLoaderModelOnly`: model only, not the Bypass variant) | strength {scale} |
+| ModelSamplingAuraFlow | shift {shift:g} |
+| FluxGuidance | guidance {guidance:g} |
+| KSampler | steps {student_steps}, cfg 1, sampler euler, scheduler simple, denoise 1 |
+
+The exact times, for the node ManualSigmas: `{times}`. {no_node}
+
+Not suited: ModelSamplingSD3, ModelSamplingFlux with its defaults below 1024 px, the schedulers
+normal and beta, ancestral and lcm samplers.
+
+## Scale and times for each number of steps
+
+{strengths}
 
 RMSE of latents / PSNR of pictures (dB) to {fine} steps of the teacher, {noises} noises, held-out
 prompts. Two seeds of the teacher are {seed_to_seed:.3f} apart. Scaled: by the last row.
 
 {table}
 
-Saved: the {weights}, after {iterations} iterations. On the validation prompts, at scale 1,
-{note}. In a fresh diffusers pipeline the file gives the latents of
-training, relative difference {self_check:.1g}; other tools are untested.
+## How it was made
+
+Saved: the {weights}, after {iterations} iterations. {verdict} In a fresh diffusers pipeline the
+file gives the latents of training, relative difference {self_check:.1g}.
 
 Settings: {list}.
 """
+LAYERS = {  # of the LoRA, and which tools take them
+    "blocks": """The LoRA is on the linear layers inside the transformer's blocks. The code by which
+ComfyUI, InvokeAI, mflux, DiffSynth and sd-scripts map the keys of a LoRA was run on such a file and
+found a place for all of them.""",
+    "all": """The LoRA is on all linear layers, which not every tool takes. InvokeAI refuses the
+file because of `norm_out.linear`. mflux, DiffSynth and sd-scripts drop the ten layers outside the
+blocks (`x_embedder`, `context_embedder`, six of `time_text_embed`, `norm_out`, `proj_out`), which
+cost 40 % of the gain when it was tried on a tiny Flux. `--layers blocks` makes a file without
+them.""",
+}
+INT8 = """from diffusers import PipelineQuantizationConfig, TorchAoConfig
+from torchao.quantization import Int8WeightOnlyConfig
+
+int8 = PipelineQuantizationConfig(
+    quant_mapping={"transformer": TorchAoConfig(Int8WeightOnlyConfig())})"""
+COMFY_SHIFT = math.exp(1.15)  # of Flux in ComfyUI, where no node sets another
 
 
 def card(args: Namespace, results: dict) -> str:
     """The model card."""
-    adapter, dev = results["adapter"], "flux.1-dev" in args.base_model.lower()
-    words = {
-        k: ", ".join(f"{n}: {x}" for n, x in adapter[k].items()) for k in ("scales", "settings")
-    }
+    adapter = results["adapter"]
+    settings, N, shift = adapter["settings"], adapter["student_steps"], adapter["shift"]
+    dtype = precision = "bfloat16" if args.device == "cuda" else "float32"
+    int8 = settings["quantize"] == "int8"
+    if int8:
+        precision = f"int8 (the weights of its transformer, by torchao) and {dtype}"
+    low, high = settings["shift_range"]
+    no_node = f"""Without a model sampling node ComfyUI samples Flux at a shift of
+{COMFY_SHIFT:.3f}, which lies in the range that this student was trained on, {low:g} to {high:g}."""
+    verdict = f"On the validation prompts, at scale 1: {adapter['note']}."
+    missing = adapter.get("uncalibrated", ())
+    alarming = "ALARM" in verdict or missing
+    rows = ["| steps | scale, or strength | times for ManualSigmas |", "| --- | --- | --- |"]
+    for n, scale in adapter["scales"].items():
+        scale = "none found" if n in missing else scale
+        rows.append(f"| {n} | {scale} | `{times(n, shift)}` |")
     return CARD.format(**results | adapter | {
-        "scale": adapter["scales"][adapter["student_steps"]], "scales": words["scales"],
-        "list": words["settings"], "table": markdown(results), "lora": LORA, "fine": FINE,
-        "license_name": "flux-1-dev-non-commercial-license" if dev else "that-of-the-base-model",
-        "dtype": "bfloat16" if args.device == "cuda" else "float32", "device": args.device,
-        "out": args.out.resolve().name,
+        "head": card_head(adapter["base_model"]), "title": code(adapter["base_model"]),
+        "alarm": f"\n> Warning. {verdict}\n" if alarming else "",
+        "verdict": "" if alarming else verdict,
+        "precision": precision,
+        "int8": INT8 if int8 else "", "quantized": ", quantization_config=int8" if int8 else "",
+        "layers": LAYERS[settings["layers"]], "scale": adapter["scales"][N],
+        "times": times(N, shift), "no_node": no_node if low <= COMFY_SHIFT <= high else "",
+        "strengths": "\n".join(rows), "table": markdown(results), "lora": LORA, "fine": FINE,
+        "list": ", ".join(f"{name}: {code(value)}" for name, value in settings.items()),
+        "dtype": dtype, "device": args.device, "out": args.out.resolve().name,
     })  # fmt: skip
+
+
+def card_head(base_model: str) -> str:
+    """The card's YAML; the Hub takes a name of its own as base model, and refuses a folder's."""
+    dev = "flux.1-dev" in base_model.lower()
+    relation = {"base_model": base_model, "base_model_relation": "adapter"}
+    data = ModelCardData(
+        **(relation if "/" in base_model else {}),
+        library_name="diffusers", pipeline_tag="text-to-image", license="other",
+        license_name="flux-1-dev-non-commercial-license" if dev else "that-of-the-base-model",
+        tags=["flux", "lora", "few-step", "distillation"],
+    )  # fmt: skip
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def times(steps: int, shift: float) -> str:
+    """Times of a sampler with six significant digits, and without the e of small ones."""
+    digits = partial(np.format_float_positional, precision=6, fractional=False, trim="-")
+    return ", ".join(map(digits, sc.time_grid(steps, shift).tolist()))
+
+
+def code(value) -> str:
+    """A value as code in Markdown, whatever characters it holds."""
+    text = " ".join(str(value).split())
+    text = text.encode("utf-8", "replace").decode()  # names of files need not be UTF-8
+    fence = "`"
+    while fence in text:
+        fence += "`"
+    space = " " if "`" in text else ""
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 def render(args: Namespace) -> None:
@@ -1669,7 +1825,6 @@ def refuse_useless(parser: ArgumentParser, args: Namespace) -> None:
         names = sorted(args.given - set(SAMPLING.split()))
         flags = ", ".join("--" + name.replace("_", "-") for name in names)
         if flags:
-            flags = flags.replace("--checkpointing", "--no-checkpointing")
             parser.error(f"--sample only renders, and {flags} would change nothing: leave out all"
                          " flags of training")  # fmt: skip
         for prompt in args.sample:
@@ -1702,7 +1857,9 @@ def prepare(args: Namespace) -> None:
     args.costs = Costs(args.out / "costs.json", args.device, args.lead)
     args.state, args.steps = args.out / "checkpoint/state.safetensors", {*STEPS, args.student_steps}
     args.steps = sorted(args.steps)
-    args.base_model = Path(args.model).name if Path(args.model).is_absolute() else args.model
+    args.base_model = args.model  # no path of this machine is written anywhere
+    if Path(args.model).is_dir():
+        args.base_model = Path(os.path.abspath(args.model)).name
     if not args.sample:
         refuse_others(args)
     args.folder = locate(args)

@@ -316,9 +316,7 @@ def test_text_tokens_reach_cache_adapter_and_memory(tmp_path, capsys, monkeypatc
     assert lengths == [12, 20]
 
 
-def test_256_text_tokens_are_no_new_setting(args):
-    """Runs and caches from before there was --text-tokens are recognised."""
-    assert "text_tokens" not in args.settings
+def test_the_cache_knows_how_many_text_tokens_it_holds(args):
     text = [args.model_print, args.device, 256, args.texts[0]]
     assert args.keys["text"][0] == fd.digest(text)
 
@@ -394,7 +392,8 @@ def test_sample_obeys_the_flags_that_it_takes(done, tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize("flags", [
     "--rank 4", "--iterations 3000", "--prompts p.txt", "--images d", "--paper", "--noises 2",
-    "--no-checkpointing", "--stop-when-matched", "--shift-range 1 2", "--limit 0", "--held-out 3",
+    "--recompute-every 1", "--compile", "--stop-when-matched", "--shift-range 1 2", "--limit 0",
+    "--held-out 3",
 ])  # fmt: skip
 def test_sample_refuses_flags_of_training(tmp_path, flags, capsys):
     """Even at their defaults: whoever gives them expects something of them."""
