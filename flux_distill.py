@@ -533,6 +533,24 @@ class LoRALinear(torch.nn.Module):
         return y.reshape(*x.shape[:-1], -1)
 
 
+class RotaryCache(torch.nn.Module):
+    """The rotary embedding of positions, computed once for each `key` that a caller sets."""
+
+    def __init__(self, base: torch.nn.Module):
+        super().__init__()
+        self.base = base
+        self.key = None  # what tells the next call's positions apart; None: compute
+        self.known = {}
+
+    def forward(self, ids: Tensor):
+        key, self.key = self.key, None
+        if key is None:
+            return self.base(ids)
+        if key not in self.known:
+            self.known[key] = self.base(ids)
+        return self.known[key]
+
+
 class Adapter:
     """One LoRA on a frozen transformer, in which sets of weights take turns; None: the teacher.
 
@@ -558,6 +576,7 @@ class Adapter:
     def install(self, args: Namespace) -> None:
         """Freeze the network and put a LoRA around its linear layers: A normal, B zero."""
         self.net.requires_grad_(False)
+        self.net.pos_embed = RotaryCache(self.net.pos_embed)
         switch = Namespace(on=False)
         layers = {}
         for name in targets(args, self.net):
@@ -619,6 +638,7 @@ class Adapter:
             self.use(weights)
             if own != torch.float32:
                 t = (1000 * t).to(own) / 1000  # rounded as the stock pipeline rounds
+            net.pos_embed.key = (size, cond["text"].shape[1])
             return net(
                 hidden_states=x.to(dtype), timestep=t, guidance=cond["guidance"], img_ids=ids,
                 encoder_hidden_states=cond["text"].to(dtype),
@@ -1624,6 +1644,10 @@ prompts. Two seeds of the teacher are {seed_to_seed:.3f} apart. Scaled: by the l
 Saved: the {weights}, after {iterations} iterations. {verdict} In a fresh diffusers pipeline the
 file gives the latents of training, relative difference {self_check:.1g}.
 
+## What it took
+
+{took}
+
 Settings: {list}.
 """
 LAYERS = {  # of the LoRA, and which tools take them
@@ -1641,6 +1665,7 @@ from torchao.quantization import Int8WeightOnlyConfig
 
 int8 = PipelineQuantizationConfig(
     quant_mapping={"transformer": TorchAoConfig(Int8WeightOnlyConfig())})"""
+FADES = 0.003  # relative change of weights below which bfloat16 rounds much of it away
 COMFY_SHIFT = math.exp(1.15)  # of Flux in ComfyUI, where no node sets another
 
 
@@ -1670,10 +1695,36 @@ def card(args: Namespace, results: dict) -> str:
         "int8": INT8 if int8 else "", "quantized": ", quantization_config=int8" if int8 else "",
         "layers": LAYERS[settings["layers"]], "scale": adapter["scales"][N],
         "times": times(N, shift), "no_node": no_node if low <= COMFY_SHIFT <= high else "",
-        "strengths": "\n".join(rows), "table": markdown(results), "lora": LORA, "fine": FINE,
+        "strengths": "\n".join(rows), "table": markdown(results), "took": took(results),
+        "lora": LORA, "fine": FINE,
         "list": ", ".join(f"{name}: {code(value)}" for name, value in settings.items()),
         "dtype": dtype, "device": args.device, "out": args.out.resolve().name,
     })  # fmt: skip
+
+
+def took(results: dict) -> str:
+    """Seconds and memory of each phase, on what machine, and what was checked there."""
+    rows = ["| phase | time | peak GPU memory |", "| --- | --- | --- |"]
+    for name, phase in results["phases"].items():
+        memory = f"{phase['peak_gib']:.1f} GiB" if phase["peak_gib"] else ""
+        rows.append(f"| {name} | {duration(phase['seconds'])} | {memory} |")
+    machine = dict(results["machine"])
+    versions = ", ".join(f"{name} {number}" for name, number in machine.items() if name != "device")
+    words = [f"On one {machine['device']} with {versions}."]
+    checks = results["adapter"]["checks"]
+    if checks:
+        names = {"gradient": "the gradient against PyTorch's plain attention",
+                 "teacher": "the teacher's velocity against float32",
+                 "student": "the student's against float32",
+                 "pipeline": "our sampler against the stock pipeline"}  # fmt: skip
+        found = ", ".join(f"{names[name]} {value:.1g}" for name, value in checks.items())
+        words.append(f"Relative differences before the first iteration: {found}.")
+    change = results["adapter"]["relative_change"]
+    words.append(f"The median change of a layer's weights is {change:.2%} of their norm.")
+    if change < FADES:
+        words.append("Merged into bfloat16 weights much of that is lost to rounding: load the file"
+                     " as a LoRA instead.")  # fmt: skip
+    return "\n".join([*rows, "", *words])
 
 
 def card_head(base_model: str) -> str:
