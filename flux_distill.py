@@ -516,12 +516,12 @@ class LoRALinear(torch.nn.Module):
     layer is the frozen one alone.
     """
 
-    def __init__(self, base: torch.nn.Linear, rank: int, switch: Namespace):
+    def __init__(self, base: torch.nn.Linear, A: Tensor, B: Tensor, switch: Namespace):
         super().__init__()
         self.base = base
         self.switch = switch
-        self.A = torch.nn.Parameter(torch.empty(rank, base.in_features))
-        self.B = torch.nn.Parameter(torch.empty(base.out_features, rank))
+        self.A = torch.nn.Parameter(A)
+        self.B = torch.nn.Parameter(B)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.switch.on:
@@ -577,22 +577,24 @@ class Adapter:
         """Freeze the network and put a LoRA around its linear layers: A normal, B zero."""
         self.net.requires_grad_(False)
         self.net.pos_embed = RotaryCache(self.net.pos_embed)
-        switch = Namespace(on=False)
-        layers = {}
-        for name in targets(args, self.net):
-            layers[name] = LoRALinear(self.net.get_submodule(name), args.rank, switch)
-            self.net.set_submodule(name, layers[name])
+        bases = {name: self.net.get_submodule(name) for name in targets(args, self.net)}
+        shapes_of_A = [(args.rank, base.in_features) for base in bases.values()]
+        shapes_of_B = [(base.out_features, args.rank) for base in bases.values()]
         parts = []
-        for name, layer in layers.items():
-            A = torch.randn(layer.A.shape, generator=keyed(args.seed, "A", name)) / args.rank
+        for name, shape in zip(bases, shapes_of_A):
+            A = torch.randn(shape, generator=keyed(args.seed, "A", name)) / args.rank
             parts.append(A.flatten())
-        parts += [torch.zeros(layer.B.numel()) for layer in layers.values()]
+        parts += [torch.zeros(math.prod(shape)) for shape in shapes_of_B]
         # All layers' weights are views of one vector.
-        switch.weights = torch.cat(parts).to(self.net.device, self.net.dtype)
-        switch.first_B = sum(layer.A.numel() for layer in layers.values())
-        params = [layer.A for layer in layers.values()] + [layer.B for layer in layers.values()]
-        for p, part in zip(params, switch.weights.split([p.numel() for p in params])):
-            p.data = part.view_as(p)
+        weights = torch.cat(parts).to(self.net.device, self.net.dtype)
+        first_B = sum(map(math.prod, shapes_of_A))
+        switch = Namespace(on=False, weights=weights, first_B=first_B)
+        views = weights.split([len(part) for part in parts])
+        views_of_A, views_of_B = views[: len(bases)], views[len(bases) :]
+        for i, (name, base) in enumerate(bases.items()):
+            A = views_of_A[i].view(shapes_of_A[i])
+            B = views_of_B[i].view(shapes_of_B[i])
+            self.net.set_submodule(name, LoRALinear(base, A, B, switch))
 
     def recompute(self, every: int) -> None:
         """Recompute every k-th block in the backward (gradient checkpointing); 1: all, 0: none."""
@@ -678,13 +680,13 @@ class Adapter:
         narrow = {}
 
         def widen(module, inputs):
-            for p in module.parameters(recurse=False):
-                narrow[p] = p.data
-                p.data = p.data.float()
+            narrow[module] = dict(module.named_parameters(recurse=False))
+            for name, p in narrow[module].items():
+                setattr(module, name, torch.nn.Parameter(p.float(), requires_grad=False))
 
         def restore(module, inputs, output):
-            for p in module.parameters(recurse=False):
-                p.data = narrow.pop(p)
+            for name, p in narrow.pop(module).items():
+                setattr(module, name, p)
 
         hooks = []
         for module in self.net.modules():

@@ -1,4 +1,7 @@
-"""Tests import the files of the repository's root, whichever way pytest is started."""
+"""Tests import the files of the repository's root, whichever way pytest is started.
+
+Without --gpu they see no GPU, so that they give the same result everywhere.
+"""
 
 import os
 import sys
@@ -8,30 +11,45 @@ os.environ["TQDM_DISABLE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pytest
-import torch
 from hypothesis import settings
 
 settings.register_profile("busy", deadline=None)  # a busy machine is no failure
 settings.load_profile("busy")
-torch.set_num_threads(1)  # tests are small: threads would wait for each other on a busy machine
 
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
+    import torch
+
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also the tests that take minutes")
+    parser.addoption("--gpu", action="store_true", help="only the tests that need a GPU")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; runs with --slow")
+    config.addinivalue_line("markers", "gpu: needs a GPU; runs with --gpu, which runs nothing else")
+    if not config.getoption("--gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before any test imports torch
+    import torch
+
+    torch.set_num_threads(1)  # tests are small: threads would wait for each other on a busy machine
 
 
 def pytest_collection_modifyitems(config, items):
-    for item in items if not config.getoption("--slow") else ():
-        if "slow" in item.keywords:
+    import torch
+
+    for item in items:
+        if config.getoption("--gpu") != ("gpu" in item.keywords):
+            item.add_marker(
+                pytest.mark.skip(reason="--gpu runs those that need a GPU, and no other")
+            )
+        elif "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="there is no GPU that PyTorch can use"))
+        elif "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="runs with --slow"))
 
 

@@ -108,6 +108,10 @@ def main(argv):
     torch.cuda.is_available = lambda: True
     torch.cuda.synchronize = torch.cuda.empty_cache = torch.cuda.ipc_collect = lambda: None
     torch.cuda.get_device_properties = lambda index: SimpleNamespace(total_memory=80 * 2**30)
+    torch.cuda.get_device_name = lambda: "a pretended GPU"
+    torch.cuda.max_memory_allocated = lambda: 2**30
+    torch.cuda.reset_peak_memory_stats = lambda: None
+    fd.Adapter.recompute = lambda self, every: None
     with Names(), Dispatch():
         fd.main([*argv, "--recompute-every", "0"])
 
