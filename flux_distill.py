@@ -9,6 +9,7 @@ Each phase is skipped when its result is in --out and fits the settings; after a
 same command goes on. Latents are packed, (B, tokens, channels), as the transformer takes them.
 """
 
+# ruff: noqa: E402
 import errno
 import hashlib
 import json
@@ -30,6 +31,149 @@ from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+
+FLUX = "black-forest-labs/FLUX.1-dev"
+FINE = 32  # steps of the teacher that stand for all of its quality
+MOST_STEPS = 16  # that windows can be matched to: half of FINE
+TEXT_TOKENS, MOST_TEXT_TOKENS = 256, 512  # of T5: by default, and the longest text it knows
+OPTION = re.compile(r"(?<!\S)--[A-Za-z]\S*")  # in prompts for other tools: --w 1024, --ar 16:9
+SAMPLING = """model out sample student_steps resolution guidance shift seed batch quantize
+text_tokens"""  # the settings that --sample obeys
+
+
+def die(sentence: str):
+    raise SystemExit(f"flux_distill.py: {sentence}")
+
+
+def refuse_options(prompt: str, where: str) -> None:
+    option = OPTION.search(prompt)
+    if option:
+        die(f"{where} has the option {option.group()}: prompts take no options here, remove it from"
+            " the text (size, guidance and seed are flags of the command)")  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------- settings
+
+
+class Help(ArgumentDefaultsHelpFormatter, RawFormatter):
+    pass
+
+
+def at_least(low: float, unit: int = 1, high: float = math.inf):
+    """An argparse type: a number of low's kind, finite; integers are multiples of unit."""
+
+    def number(text: str) -> float:
+        if not low <= (value := type(low)(text)) < math.inf:
+            raise ArgumentTypeError(f"{text} must be at least {low}")
+        if value > high:
+            raise ArgumentTypeError(f"{text} must be at most {high}")
+        if type(low) is int and value % unit:
+            raise ArgumentTypeError(f"{text} must be a multiple of {unit}")
+        return value
+
+    return number
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    """Settings of the command line; needs none of the slow imports."""
+    parser = ArgumentParser(description=__doc__, formatter_class=Help)
+    count, number, positive = at_least(1), at_least(0), at_least(1e-9)
+    shift = at_least(1e-3, high=1e3)  # further out float32 has no times between 0 and 1
+    # fmt: off
+    add = parser.add_argument_group("what").add_argument
+    add("--model", default=FLUX, help="a FluxPipeline: name on the Hub, or folder")
+    add("--images", type=Path, metavar="DIR", help="train on these, with captions in NAME.txt")
+    add("--prompts", type=Path, metavar="FILE", help="one a line; default: 24 built-in. Without"
+        " --images the teacher makes what is trained on")
+    add("--held-out", type=at_least(2), default=12, metavar="K",
+        help="never train on the last K prompts: a third validates, the rest compares")
+    add("--noises", type=at_least(2), default=2, metavar="K", help="for each of those")
+    add("--limit", type=number, default=0, metavar="K", help="train on the first K pairs; 0: all")
+    add("--resolution", type=at_least(16, 16), default=512, help="pixels, a multiple of 16")
+    add("--text-tokens", type=count, default=TEXT_TOKENS, metavar="K",
+        help=f"of T5 for a prompt or caption, at most {MOST_TEXT_TOKENS}; longer texts are cut")
+    add("--out", type=Path, default=Path("flux_out"), help="folder for all that is written")
+    add("--sample", nargs="+", metavar="PROMPT", help="only render these, by the adapter in --out;"
+        " also --student-steps, --resolution, --guidance, --shift are by default as it was made")
+    add = parser.add_argument_group("method").add_argument
+    add("--student-steps", type=at_least(1, high=1000), default=3, metavar="N",
+        help="step count to build for")
+    add("--paper", action="store_true", help="the paper's windows and share, whatever N is")
+    add("--shift-range", type=shift, nargs=2, default=(2.5, 4.5), metavar=("LOW", "HIGH"),
+        help="of the time shift in training; its middle is what the windows are matched to")
+    add("--shift", type=shift, default=3.0, help="of time in sampling; see --shift-range")
+    add("--guidance", type=at_least(0.0), default=3.5,
+        help="of sampling; training draws it from [0, 8]")
+    add = parser.add_argument_group("training").add_argument
+    add("--iterations", type=count, default=3000, help="optimizer steps")
+    add("--batch", type=count, default=8, help="pairs in a pass through the network")
+    add("--accumulate", type=count, default=1, metavar="K", help="passes in an optimizer step")
+    add("--learning-rate", type=positive, default=2e-5, help="of AdamW")
+    add("--warmup", type=number, default=0, metavar="K", help="iterations up to that rate")
+    add("--rank", type=count, default=64, help="of the LoRA")
+    add("--layers", choices=("blocks", "all"), default="blocks",
+        help="linear layers with a LoRA: those inside the blocks, which every tool loads, or all")
+    add("--recompute-every", type=number, default=1, metavar="K",
+        help="recompute every K-th block in the backward; 1: all, least memory; 0: none")
+    add("--compile", action="store_true", help="compile the blocks: minutes at first")
+    add("--quantize", choices=("int8",), help="frozen base in int8, half as large; by torchao")
+    add("--seed", type=at_least(0, high=2**63 - 1), default=0, help="of all that is drawn")
+    add("--validate-every", type=count, default=100, metavar="K", help="iterations")
+    add("--checkpoint-every", type=count, default=100, metavar="K", help="iterations")
+    add("--stop-when-matched", action="store_true", help="end at lam* of 1.05, or when it stalls")
+    # fmt: on
+    args = parser.parse_args(argv)
+    args.given = given(parser, argv, args)
+    refuse_useless(parser, args)
+    low, high = args.shift_range
+    if low > high:
+        parser.error(f"--shift-range {low:g} {high:g}: give the lower end first")
+    if args.student_steps > MOST_STEPS and not args.paper and not args.sample:
+        parser.error(f"--student-steps {args.student_steps} must be at most {MOST_STEPS}, half of"
+                     " the teacher's 32")  # fmt: skip
+    if args.quantize and not find_spec("torchao"):
+        parser.error("--quantize int8 needs torchao: pip install torchao")
+    if args.quantize and args.compile:
+        parser.error("--compile does not work with --quantize: leave one of them out")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(str(error))
+    return args
+
+
+def given(parser: ArgumentParser, argv: list[str] | None, args: Namespace) -> set[str]:
+    """Names of the settings that flags gave: argparse keeps what a namespace holds already."""
+    blank = Namespace(**dict.fromkeys(vars(args)))
+    parsed = vars(parser.parse_args(argv, blank))
+    return {name for name, value in parsed.items() if value is not None}
+
+
+def refuse_useless(parser: ArgumentParser, args: Namespace) -> None:
+    """No flag is ignored in silence."""
+    if args.text_tokens > MOST_TEXT_TOKENS:
+        parser.error(f"--text-tokens {args.text_tokens}: Flux knows texts of at most"
+                     f" {MOST_TEXT_TOKENS} tokens, give at most that")  # fmt: skip
+    if args.sample:
+        names = sorted(args.given - set(SAMPLING.split()))
+        flags = ", ".join("--" + name.replace("_", "-") for name in names)
+        if flags:
+            parser.error(f"--sample only renders, and {flags} would change nothing: leave out all"
+                         " flags of training")  # fmt: skip
+        for prompt in args.sample:
+            refuse_options(prompt, f"--sample '{prompt[:60]}'")
+    if args.warmup > args.iterations:
+        parser.error(f"--warmup {args.warmup} ends after the last of --iterations"
+                     f" {args.iterations}, before --learning-rate is reached: give a shorter"
+                     " --warmup")  # fmt: skip
+    if args.stop_when_matched and args.validate_every >= args.iterations:
+        parser.error("--stop-when-matched looks at validations, and --validate-every"
+                     f" {args.validate_every} has none before the last of --iterations"
+                     f" {args.iterations}: give a smaller --validate-every")  # fmt: skip
+
+
+if __name__ == "__main__":
+    parse(None)  # --help and wrong flags are answered before the imports below take their seconds
 
 import numpy as np
 import torch
@@ -67,7 +211,6 @@ import shortcut as sc
 # who call the network through this module.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
-FLUX = "black-forest-labs/FLUX.1-dev"
 LORA = "pytorch_lora_weights.safetensors"
 OUTPUTS = (
     "README.md", "log.csv", "results.json", "costs.json", "training.png", "comparison.png",
@@ -75,19 +218,14 @@ OUTPUTS = (
 MADE_BY = {"made_by": "flux_distill.py"}  # in each safetensors file that this program writes
 STOPS = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows lacks the last
 DISK_FULL = [getattr(errno, name) for name in ("ENOSPC", "EDQUOT") if hasattr(errno, name)]
-FINE = 32  # steps of the teacher that stand for all of its quality
 STEPS = (2, 3, 4, 6, 8)  # watched while training, calibrated and compared; with --student-steps
 SCALES = (0.05, 8.0)  # of the LoRA, searched between these; one of them itself is no best scale
 TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
 TEXT_SIDE = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2")
-TEXT_TOKENS, MOST_TEXT_TOKENS = 256, 512  # of T5: by default, and the longest text it knows
 MAX_GUIDANCE, POOL_GUIDANCE = 8.0, 3.5  # training draws it from [0, 8]; for what the teacher draws
 TORCHRUN = (("RANK", 0), ("WORLD_SIZE", 1))  # what it sets, and what holds without it
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 VERSION = 2  # of what training does and of the checkpoint's form: no other version is resumed
-OPTION = re.compile(r"(?<!\S)--[A-Za-z]\S*")  # in prompts for other tools: --w 1024, --ar 16:9
-SAMPLING = """model out sample student_steps resolution guidance shift seed batch quantize
-text_tokens"""  # the settings that --sample obeys
 SMALLER = """what helps, in this order: --recompute-every 1, --batch 4 \
 --accumulate 2 (down to --batch 1), --rank 16, --quantize int8, --resolution 256"""
 LOWER = "distil with a lower --learning-rate in another --out"  # what helps a diverged student
@@ -103,10 +241,6 @@ a cup of coffee beside an open notebook; a dragon made of origami paper on a des
 an elderly woman laughing, close-up, natural light; a wooden cabin by a lake under the Milky Way
 a corgi in a raincoat jumping over a puddle; a marble statue overgrown with ivy in a ruined temple
 a robot watering plants on a balcony, pencil drawing; a plate of strawberries, still life"""
-
-
-def die(sentence: str):
-    raise SystemExit(f"flux_distill.py: {sentence}")
 
 
 @contextmanager
@@ -725,13 +859,6 @@ def read_prompts(args: Namespace) -> tuple[list[str], list[str]]:
             f" --held-out {args.held_out} needs {needed}: give --prompts a longer file, or give a"
             " smaller --held-out")  # fmt: skip
     return prompts, list(dict.fromkeys(prompts))[-args.held_out :]
-
-
-def refuse_options(prompt: str, where: str) -> None:
-    option = OPTION.search(prompt)
-    if option:
-        die(f"{where} has the option {option.group()}: prompts take no options here, remove it from"
-            " the text (size, guidance and seed are flags of the command)")  # fmt: skip
 
 
 def tidy(text: str) -> str:
@@ -1779,119 +1906,6 @@ def render(args: Namespace) -> None:
 # --------------------------------------------------------------------------------------------- main
 
 
-class Help(ArgumentDefaultsHelpFormatter, RawFormatter):
-    pass
-
-
-def at_least(low: float, unit: int = 1, high: float = math.inf):
-    """An argparse type: a number of low's kind, finite; integers are multiples of unit."""
-
-    def number(text: str) -> float:
-        if not low <= (value := type(low)(text)) < math.inf:
-            raise ArgumentTypeError(f"{text} must be at least {low}")
-        if value > high:
-            raise ArgumentTypeError(f"{text} must be at most {high}")
-        if type(low) is int and value % unit:
-            raise ArgumentTypeError(f"{text} must be a multiple of {unit}")
-        return value
-
-    return number
-
-
-def parse(argv: list[str] | None) -> Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=Help)
-    count, number, positive = at_least(1), at_least(0), at_least(1e-9)
-    shift = at_least(1e-3, high=1e3)  # further out float32 has no times between 0 and 1
-    # fmt: off
-    add = parser.add_argument_group("what").add_argument
-    add("--model", default=FLUX, help="a FluxPipeline: name on the Hub, or folder")
-    add("--images", type=Path, metavar="DIR", help="train on these, with captions in NAME.txt")
-    add("--prompts", type=Path, metavar="FILE", help="one a line; default: 24 built-in. Without"
-        " --images the teacher makes what is trained on")
-    add("--held-out", type=at_least(2), default=12, metavar="K",
-        help="never train on the last K prompts: a third validates, the rest compares")
-    add("--noises", type=at_least(2), default=2, metavar="K", help="for each of those")
-    add("--limit", type=number, default=0, metavar="K", help="train on the first K pairs; 0: all")
-    add("--resolution", type=at_least(16, 16), default=512, help="pixels, a multiple of 16")
-    add("--text-tokens", type=count, default=TEXT_TOKENS, metavar="K",
-        help=f"of T5 for a prompt or caption, at most {MOST_TEXT_TOKENS}; longer texts are cut")
-    add("--out", type=Path, default=Path("flux_out"), help="folder for all that is written")
-    add("--sample", nargs="+", metavar="PROMPT", help="only render these, by the adapter in --out;"
-        " also --student-steps, --resolution, --guidance, --shift are by default as it was made")
-    add = parser.add_argument_group("method").add_argument
-    add("--student-steps", type=at_least(1, high=1000), default=3, metavar="N",
-        help="step count to build for")
-    add("--paper", action="store_true", help="the paper's windows and share, whatever N is")
-    add("--shift-range", type=shift, nargs=2, default=(2.5, 4.5), metavar=("LOW", "HIGH"),
-        help="of the time shift in training; its middle is what the windows are matched to")
-    add("--shift", type=shift, default=3.0, help="of time in sampling; see --shift-range")
-    add("--guidance", type=at_least(0.0), default=3.5,
-        help="of sampling; training draws it from [0, 8]")
-    add = parser.add_argument_group("training").add_argument
-    add("--iterations", type=count, default=3000, help="optimizer steps")
-    add("--batch", type=count, default=8, help="pairs in a pass through the network")
-    add("--accumulate", type=count, default=1, metavar="K", help="passes in an optimizer step")
-    add("--learning-rate", type=positive, default=2e-5, help="of AdamW")
-    add("--warmup", type=number, default=0, metavar="K", help="iterations up to that rate")
-    add("--rank", type=count, default=64, help="of the LoRA")
-    add("--layers", choices=("blocks", "all"), default="blocks",
-        help="linear layers with a LoRA: those inside the blocks, which every tool loads, or all")
-    add("--recompute-every", type=number, default=1, metavar="K",
-        help="recompute every K-th block in the backward; 1: all, least memory; 0: none")
-    add("--compile", action="store_true", help="compile the blocks: minutes at first")
-    add("--quantize", choices=("int8",), help="frozen base in int8, half as large; by torchao")
-    add("--seed", type=at_least(0, high=2**63 - 1), default=0, help="of all that is drawn")
-    add("--validate-every", type=count, default=100, metavar="K", help="iterations")
-    add("--checkpoint-every", type=count, default=100, metavar="K", help="iterations")
-    add("--stop-when-matched", action="store_true", help="end at lam* of 1.05, or when it stalls")
-    # fmt: on
-    args = parser.parse_args(argv)
-    args.given = given(parser, argv, args)
-    refuse_useless(parser, args)
-    windows = {} if args.paper else dict(student_steps=args.student_steps, teacher_ratio=None)
-    if args.quantize and not find_spec("torchao"):
-        parser.error("--quantize int8 needs torchao: pip install torchao")
-    if args.quantize and args.compile:
-        parser.error("--compile does not work with --quantize: leave one of them out")
-    try:
-        if not args.sample:
-            args.config = sc.ShortcutConfig(shift_range=args.shift_range, **windows)
-        args.out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    return args
-
-
-def given(parser: ArgumentParser, argv: list[str] | None, args: Namespace) -> set[str]:
-    """Names of the settings that flags gave: argparse keeps what a namespace holds already."""
-    blank = Namespace(**dict.fromkeys(vars(args)))
-    parsed = vars(parser.parse_args(argv, blank))
-    return {name for name, value in parsed.items() if value is not None}
-
-
-def refuse_useless(parser: ArgumentParser, args: Namespace) -> None:
-    """No flag is ignored in silence."""
-    if args.text_tokens > MOST_TEXT_TOKENS:
-        parser.error(f"--text-tokens {args.text_tokens}: Flux knows texts of at most"
-                     f" {MOST_TEXT_TOKENS} tokens, give at most that")  # fmt: skip
-    if args.sample:
-        names = sorted(args.given - set(SAMPLING.split()))
-        flags = ", ".join("--" + name.replace("_", "-") for name in names)
-        if flags:
-            parser.error(f"--sample only renders, and {flags} would change nothing: leave out all"
-                         " flags of training")  # fmt: skip
-        for prompt in args.sample:
-            refuse_options(prompt, f"--sample '{prompt[:60]}'")
-    if args.warmup > args.iterations:
-        parser.error(f"--warmup {args.warmup} ends after the last of --iterations"
-                     f" {args.iterations}, before --learning-rate is reached: give a shorter"
-                     " --warmup")  # fmt: skip
-    if args.stop_when_matched and args.validate_every >= args.iterations:
-        parser.error("--stop-when-matched looks at validations, and --validate-every"
-                     f" {args.validate_every} has none before the last of --iterations"
-                     f" {args.iterations}: give a smaller --validate-every")  # fmt: skip
-
-
 def prepare(args: Namespace) -> None:
     """Find model and data, and what identifies them; refuse --out of another run."""
     args.device, args.loaded = "cuda" if torch.cuda.is_available() else "cpu", (None, None)
@@ -1907,6 +1921,9 @@ def prepare(args: Namespace) -> None:
         patience = timedelta(days=1)  # of those that wait while one validates
         dist.init_process_group(engine, timeout=patience)
     args.lora, args.check = args.out / LORA, args.out / "cache/check.safetensors"
+    if not args.sample:
+        windows = {} if args.paper else dict(student_steps=args.student_steps, teacher_ratio=None)
+        args.config = sc.ShortcutConfig(shift_range=args.shift_range, **windows)
     args.costs = Costs(args.out / "costs.json", args.device, args.lead)
     args.state, args.steps = args.out / "checkpoint/state.safetensors", {*STEPS, args.student_steps}
     args.steps = sorted(args.steps)

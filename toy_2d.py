@@ -4,6 +4,7 @@ Trains a small teacher, distils a student of few steps from it with shortcut.py,
 against fresh data and draws four figures. Needs no GPU, no network and no data set.
 """
 
+# ruff: noqa: E402
 import copy
 import json
 import math
@@ -17,6 +18,61 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate, pairwise, product
 from pathlib import Path
+
+FLOW_NAMES = ("moons", "checkerboard", "spirals", "gaussians")
+
+# ----------------------------------------------------------------------------------------- settings
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    """Settings of the command line; needs none of the slow imports."""
+    parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--flow", choices=FLOW_NAMES, default="moons", help="the data")
+    add("--student-steps", type=int, default=3, dest="N", help="step count to build for")
+    add("--paper", action="store_true", help="the paper's windows and share, whatever N is")
+    add("--fusion", action="store_true", help="train from scratch: 2x --iterations; plain: 4x")
+    add("--few-shot", type=int, default=0, metavar="K", help="distil on K points only; 0: on all")
+    add("--shift", type=float, default=1.0, help="time shift s of training and sampling (Flux: 3)")
+    add("--iterations", type=int, default=2000, help="of the teacher; student half of it")
+    add("--seed", type=int, default=0, help="of networks, data and noise")
+    add("--out", type=Path, default=Path("toy_out"), help="folder for figures and results.json")
+    add("--animate", action="store_true", help="also write flow.gif, noise flowing to data")
+    args = parser.parse_args(argv)
+    if args.fusion and (args.few_shot or args.paper):
+        parser.error("--fusion goes with neither --few-shot nor --paper")
+    for name, value, low, high in (
+        ("--iterations", args.iterations, 1, 10**9),
+        ("--student-steps", args.N, 1, 1000 if args.paper else 16),  # half of the grid's 32
+        ("--few-shot", args.few_shot, 0, 10**7),
+        ("--seed", args.seed, 0, 2**62),  # PyTorch has 64 bits, and the seeds drawn from it
+    ):
+        if not low <= value <= high:
+            parser.error(f"{name} {value} must be between {low} and {high}")
+    results = args.out / "results.json"
+    if not 1e-3 <= args.shift <= 1e3:  # further out float32 has no times between 0 and 1
+        parser.error(f"--shift {args.shift:g} must be between 0.001 and 1000")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()  # not allowed: say so before training
+        if results.exists() and not is_ours(results):
+            parser.error(f"{results} is not from this program and would be replaced: move it, or"
+                         " give another --out")  # fmt: skip
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror}: give another --out")
+    return args
+
+
+def is_ours(results: Path) -> bool:
+    """Whether this program wrote that results.json; damaged, it can't be told."""
+    try:
+        return {"energy", "rms", "settings"} <= json.loads(results.read_text()).keys()
+    except (ValueError, AttributeError):
+        return False
+
+
+if __name__ == "__main__":
+    parse(None)  # --help and wrong flags are answered before the imports below take their seconds
 
 import numpy as np
 import torch
@@ -310,56 +366,6 @@ def animate(samplers: list[tuple], noise: Tensor, data: Tensor, shift: float, pa
 # -------------------------------------------------------------------------------------------- main
 
 
-def parse(argv: list[str] | None) -> Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--flow", choices=FLOWS, default="moons", help="the data")
-    add("--student-steps", type=int, default=3, dest="N", help="step count to build for")
-    add("--paper", action="store_true", help="the paper's windows and share, whatever N is")
-    add("--fusion", action="store_true", help="train from scratch: 2x --iterations; plain: 4x")
-    add("--few-shot", type=int, default=0, metavar="K", help="distil on K points only; 0: on all")
-    add("--shift", type=float, default=1.0, help="time shift s of training and sampling (Flux: 3)")
-    add("--iterations", type=int, default=2000, help="of the teacher; student half of it")
-    add("--seed", type=int, default=0, help="of networks, data and noise")
-    add("--out", type=Path, default=Path("toy_out"), help="folder for figures and results.json")
-    add("--animate", action="store_true", help="also write flow.gif, noise flowing to data")
-    args = parser.parse_args(argv)
-    if args.fusion and (args.few_shot or args.paper):
-        parser.error("--fusion goes with neither --few-shot nor --paper")
-    make = sc.ShortcutConfig if args.paper else partial(sc.ShortcutConfig.for_steps, args.N)
-    for name, value, low, high in (
-        ("--iterations", args.iterations, 1, 10**9),
-        ("--student-steps", args.N, 1, 1000),
-        ("--few-shot", args.few_shot, 0, 10**7),
-        ("--seed", args.seed, 0, 2**62),  # PyTorch has 64 bits, and the seeds drawn from it
-    ):
-        if not low <= value <= high:
-            parser.error(f"{name} {value} must be between {low} and {high}")
-    results = args.out / "results.json"
-    try:
-        args.config = make(shift_range=(args.shift, args.shift))
-        if not 1e-3 <= args.shift <= 1e3:  # further out float32 has no times between 0 and 1
-            parser.error(f"--shift {args.shift:g} must be between 0.001 and 1000")
-        args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()  # not allowed: say so before training
-        if results.exists() and not is_ours(results):
-            parser.error(f"{results} is not from this program and would be replaced: move it, or"
-                         " give another --out")  # fmt: skip
-    except ValueError as error:
-        parser.error(str(error))
-    except OSError as error:
-        parser.error(f"--out {args.out}: {error.strerror}: give another --out")
-    return args
-
-
-def is_ours(results: Path) -> bool:
-    """Whether this program wrote that results.json; damaged, it can't be told."""
-    try:
-        return {"energy", "rms", "settings"} <= json.loads(results.read_text()).keys()
-    except (ValueError, AttributeError):
-        return False
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     try:
@@ -375,7 +381,9 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: Namespace) -> None:
     started = time.perf_counter()
     torch.set_num_threads(1)  # tensors are small: more would only wait for each other
-    data, shift, config, iterations = FLOWS[args.flow], args.shift, args.config, args.iterations
+    data, shift, iterations = FLOWS[args.flow], args.shift, args.iterations
+    make = sc.ShortcutConfig if args.paper else partial(sc.ShortcutConfig.for_steps, args.N)
+    config = make(shift_range=(shift, shift))
     steps = sorted({*STEPS, few := args.N})
     generator = torch.Generator().manual_seed(args.seed + 10_000)  # of all that measures
     reference, noise = data(2 * POINTS, generator), torch.randn(POINTS, 2, generator=generator)

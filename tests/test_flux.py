@@ -765,8 +765,8 @@ def test_memory_estimate_of_the_real_flux(monkeypatch):
     (["--learning-rate", "-1"], "--learning-rate: -1 must be at least"),
     (["--shift", "nan"], "--shift: nan must be at least"),
     (["--resolution", "0"], "must be at least 16"),
-    (["--shift-range", "4", "2"], "shift_range"),
-    (["--student-steps", "40"], "student_steps=40 must lie in"),
+    (["--shift-range", "4", "2"], "--shift-range 4 2: give the lower end first"),
+    (["--student-steps", "40"], "--student-steps 40 must be at most 16"),
 ])  # fmt: skip
 def test_error_flags(flags, said, tmp_path, capsys):
     with pytest.raises(SystemExit):

@@ -166,8 +166,8 @@ def test_same_seed_same_table(tmp_path, capsys, monkeypatch):
     "flags, words",
     [
         (["--flow", "swissroll"], "invalid choice: 'swissroll'"),
-        (["--student-steps", "40"], "student_steps=40 must lie in [1, grid_steps/2 = 16]"),
-        (["--shift", "-1"], "shift_range=(-1.0, -1.0)"),
+        (["--student-steps", "40"], "--student-steps 40 must be between 1 and 16"),
+        (["--shift", "-1"], "--shift -1 must be between 0.001 and 1000"),
         (["--fusion", "--paper"], "--fusion"),
         (["--fusion", "--few-shot", "3"], "--fusion"),
         (["--iterations", "0"], "--iterations"),
