@@ -422,8 +422,10 @@ class Costs:
         return torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else None
 
     @contextmanager
-    def phase(self, name: str):
-        """Add what happens inside to a phase, also if it ends in an error."""
+    def phase(self, name: str, resumes: bool = False):
+        """Measure what happens inside; a phase that resumes adds to what it took before."""
+        if not resumes:
+            self.phases.pop(name, None)
         self.running = name
         self.since = time.perf_counter()
         if self.device == "cuda":
@@ -1374,13 +1376,14 @@ def train(args: Namespace) -> None:
     add_up(args, count := torch.tensor([len(rows)], device=args.device))
     if count.item() != args.processes * len(rows):
         die(f"--out {args.out} is not one folder for all machines: put it on a disk they share")
-    pool, validation = {}, args.lead and Validation(args, adapter)
-    args.validator = validation
+    pool = {}
     for i, pair in enumerate(args.pairs):
         latent = read(args, "latent", [i])["latent"][0].cpu()
         pool.setdefault(latent.shape[:2], []).append((pair.text, latent.flatten(0, 1)))
         if i == 0 and args.device != "cpu" and args.checks is None:
             args.checks = check_device(args, adapter, (pair.text, latent))
+    validation = args.lead and Validation(args, adapter)
+    args.validator = validation
     span, share = range(len(rows) + 1, args.iterations + 1), 1 / (args.accumulate * args.processes)
     third = len(rows) + 3  # from here on, what is to come can be told
     bar = tqdm(span, "train", initial=len(rows), total=args.iterations, **args.quiet)
@@ -1623,6 +1626,8 @@ def follow_adapter(args: Namespace) -> None:
         *steps, last = map(str, sorted(adapter["scales"]))
         die(f"--student-steps {args.student_steps}: the adapter in --out {args.out} has scales for"
             f" {', '.join(steps)} or {last} steps, give one of these")  # fmt: skip
+    if args.student_steps in adapter["uncalibrated"]:
+        tqdm.write(no_scale([args.student_steps]), file=sys.stderr)
 
 
 def load_student(args: Namespace) -> tuple[FluxPipeline, dict]:
@@ -1782,7 +1787,9 @@ Settings: {list}.
 LAYERS = {  # of the LoRA, and which tools take them
     "blocks": """The LoRA is on the linear layers inside the transformer's blocks. The code by which
 ComfyUI, InvokeAI, mflux, DiffSynth and sd-scripts map the keys of a LoRA was run on such a file and
-found a place for all of them.""",
+found a place for all of them. A LoRA on all layers (`--layers all`) loads whole in diffusers and
+ComfyUI alone. On a tiny Flux, where ten of 30 layers lie outside the blocks, it came nearer to the
+teacher (by a factor of 1.19, five seeds); in FLUX.1-dev they are ten of 504.""",
     "all": """The LoRA is on all linear layers, which not every tool takes. InvokeAI refuses the
 file because of `norm_out.linear`. mflux, DiffSynth and sd-scripts drop the ten layers outside the
 blocks (`x_embedder`, `context_embedder`, six of `time_text_embed`, `norm_out`, `proj_out`), which
@@ -1991,11 +1998,11 @@ def distil(args: Namespace) -> dict:
         results = json.loads(file.read_text())
     saved = read_metadata(args.lora).get("key") == args.key
     if not saved or results["adapter"].get("key") != args.key:
-        with args.costs.phase("cache"):
+        with args.costs.phase("cache", resumes=True):
             make_cache(args)
         saved &= read_metadata(args.check).get("key") == args.key
         if not saved:
-            with args.costs.phase("train"):
+            with args.costs.phase("train", resumes=args.state.exists()):
                 train(args)
         if not args.lead:
             return results

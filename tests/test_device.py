@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -187,14 +188,17 @@ def test_results_and_card_hold_what_a_run_took(done):
     assert f"is {results['adapter']['relative_change']:.2%} of their norm" in card
 
 
-def test_costs_add_up_over_interruptions(tmp_path):
+def test_costs_add_up_over_interruptions_of_a_phase_that_resumes(tmp_path):
     path = tmp_path / "costs.json"
-    for _ in range(2):
+    seconds = []
+    for resumes in (False, True, False):
         costs = fd.Costs(path, "cpu", lead=True)
-        with pytest.raises(ZeroDivisionError), costs.phase("train"):
+        with pytest.raises(ZeroDivisionError), costs.phase("train", resumes):
+            time.sleep(0.05 if resumes else 0.02)
             raise ZeroDivisionError
-        before = json.loads(path.read_text())["train"]["seconds"]
-    assert before == costs.phases["train"]["seconds"] > 0
+        seconds.append(json.loads(path.read_text())["train"]["seconds"])
+    first, resumed, again = seconds
+    assert first >= 0.02 and resumed >= first + 0.05 and 0.02 <= again < resumed
 
 
 def test_relative_change_is_that_of_the_merged_weights(args):

@@ -428,3 +428,12 @@ def test_a_limit_above_the_pairs_is_named(tmp_path, capsys):
     folder = image_folder(tmp_path, 2)
     prepared(tmp_path / "out", "--images", folder, "--limit", 3)
     assert "--limit 3 is more than the 2 pairs there are: all are used" in capsys.readouterr().out
+
+
+def test_sample_says_that_no_scale_was_found(done, tmp_path, capsys):
+    out = copied(done, tmp_path / "out")
+    tensors, metadata = load_file(out / fd.LORA), fd.read_metadata(out / fd.LORA)
+    fd.write_tensors(out / fd.LORA, tensors, metadata | {"uncalibrated": [2]})
+    for steps, said in ((2, True), (3, False)):
+        sampling(out, "--student-steps", str(steps))
+        assert ("scale" in capsys.readouterr().err) == said
