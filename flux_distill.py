@@ -1788,7 +1788,7 @@ LAYERS = {  # of the LoRA, and which tools take them
     "blocks": """The LoRA is on the linear layers inside the transformer's blocks. The code by which
 ComfyUI, InvokeAI, mflux, DiffSynth and sd-scripts map the keys of a LoRA was run on such a file and
 found a place for all of them. A LoRA on all layers (`--layers all`) loads whole in diffusers and
-ComfyUI alone. On a tiny Flux, where ten of 30 layers lie outside the blocks, it came nearer to the
+ComfyUI alone. On a tiny Flux, where ten of 50 layers lie outside the blocks, it came nearer to the
 teacher (by a factor of 1.19, five seeds); in FLUX.1-dev they are ten of 504.""",
     "all": """The LoRA is on all linear layers, which not every tool takes. InvokeAI refuses the
 file because of `norm_out.linear`. mflux, DiffSynth and sd-scripts drop the ten layers outside the
