@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 import tempfile
+from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -35,25 +36,35 @@ RUNS = {
 STEPS = (2, 3, 4, 6, 8, 9, 12)
 
 
-def measure(out: Path, run: str, seed: int) -> dict[tuple[str, int], dict]:
+def demonstration(out: Path, seed: int, *more, steps=STEPS, length: float = 1.0) -> Namespace:
+    """Settings of the README's run with this seed and more flags, its folder checked.
+
+    steps: numbers of steps that are calibrated and compared. length: shortens it, for a test.
+    """
+    paths = ["--model", TINY, "--prompts", TINY / "prompts.txt", "--out", out]
+    args = fd.parse([str(word) for word in (*paths, *DEMO.split(), *more, "--seed", seed)])
+    if length != 1:
+        args.iterations = max(2, round(args.iterations * length))
+        args.noises = 2
+    fd.prepare(args)
+    args.steps = sorted({*steps, args.student_steps})
+    return args
+
+
+def measure(out: Path, run: str, seed: int, length: float = 1.0) -> dict[tuple[str, int], dict]:
     """Rows of the table that a run prints, by sampler and steps."""
     torch.set_num_threads(1)
-    fd.STEPS = STEPS
     folder = out / f"{run.replace(' ', '-')}-{seed}"
-    paths = ["--model", TINY, "--prompts", TINY / "prompts.txt", "--out", folder]
-    more = [*DEMO.split(), *RUNS[run].split(), "--seed", seed]
-    args = fd.parse([str(word) for word in (*paths, *more)])
-    fd.prepare(args)
+    args = demonstration(folder, seed, *RUNS[run].split(), length=length)
     with redirect_stdout(sys.stderr):  # each run prints its own table
         results = fd.distil(args)
     table = {(row["sampler"], row["steps"]): row for row in results["table"]}
     table["seed to seed"] = results["seed_to_seed"]
     table["iterations"] = results["adapter"]["iterations"]
     if run == "all pairs":  # of the weights that were saved, on the noises that chose the scales
-        saved = load_file(args.state)
         name = "slow" if "slow" in results["adapter"]["weights"] else "student"
+        weights = load_file(args.state)[name]
         validation = fd.Validation(args, fd.Adapter(args))
-        weights = [saved[f"{name}.{i}"] for i in range(len(validation.adapter.params))]
         table["lam"] = [validation.lam(weights, n) for n in STEPS]
     return table
 
@@ -111,12 +122,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split(": ")[0])
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to this, exclusive (3)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes of one thread")
+    parser.add_argument("--length", type=float, default=1.0, help="scales all trainings (1)")
     parser.add_argument("--out", type=Path, help="keep the runs in this folder, and go on in it")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(args.jobs) as pool:
         out = args.out or Path(scratch)
         futures = {
-            run: [pool.submit(measure, out, run, seed) for seed in range(args.seeds)]
+            run: [pool.submit(measure, out, run, seed, args.length) for seed in range(args.seeds)]
             for run in RUNS
         }
         print(tables({run: [f.result() for f in some] for run, some in futures.items()}))

@@ -280,17 +280,12 @@ def task_flux(rho, iterations, length, folder) -> dict:
     import flux as demo
     from safetensors.torch import load_file
 
-    fd = demo.fd
-    words = [*demo.DEMO.split(), "--model", demo.TINY, "--prompts", demo.TINY / "prompts.txt"]
-    words += ["--out", Path(folder) / f"flux-{rho}-{iterations}", "--paper"]
-    words += ["--iterations", max(2, round(iterations * length))]
-    args = fd.parse([str(word) for word in words])
+    fd, out = demo.fd, Path(folder) / f"flux-{rho}-{iterations}"
+    args = demo.demonstration(out, 0, "--paper", "--iterations", iterations, length=length)
     args.config = config = dataclasses.replace(args.config, teacher_ratio=rho)
-    fd.prepare(args)
     fd.make_cache(args)
     fd.train(args)
-    saved, adapter = load_file(args.state), fd.Adapter(args)
-    student = [saved[f"student.{i}"] for i in range(len(adapter.params))]
+    student, adapter = load_file(args.state)["student"], fd.Adapter(args)
     texts = args.comparison  # never seen, and not those of the log
     cond = fd.read(args, "text", texts) | {"guidance": torch.full((len(texts),), args.guidance)}
     noise = fd.noises(args, [("lookahead", i) for i in texts])
