@@ -270,8 +270,9 @@ class TinyFlux:
     def __init__(self, out: Path, seed: int, length: float):
         self.args = demo.demonstration(out, seed, length=length)
         fd.make_cache(self.args)
-        self.adapter, self.fine = fd.Adapter(self.args), {}
+        self.adapter = fd.Adapter(self.args)
         self.start = self.adapter.switch.weights.clone()
+        self.fine = {}
         self.pairs = fd.read(self.args, "text", [pair.text for pair in self.args.pairs])
         rows = range(len(self.args.pairs))
         self.latents = fd.read(self.args, "latent", rows)["latent"].flatten(1, 2)
@@ -359,10 +360,13 @@ class TinyFlux:
 
     def shortcut_model(self, *, rate, decay, share, finest):
         """Velocity v(x, t, d): the average of LoRA and embedder."""
-        lora, embedder, batch = self.start.clone(), self.embedder(), self.args.batch
+        lora = self.start.clone()
+        embedder = self.embedder()
         weights = [lora, *embedder.parameters()]
-        slow_lora, slow_embedder = lora.clone(), copy.deepcopy(embedder).requires_grad_(False)
+        slow_lora = lora.clone()
+        slow_embedder = copy.deepcopy(embedder).requires_grad_(False)
         average = [slow_lora, *slow_embedder.parameters()]
+        batch = self.args.batch
         k, count = step_size_rows(self.args.iterations * 5 * batch, batch, share, True)
         step = self.optimizer(lora, rate, count, embedder.parameters())
         student, slow = self.velocity(lora, embedder), self.velocity(slow_lora, slow_embedder)

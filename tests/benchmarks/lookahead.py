@@ -281,12 +281,14 @@ def task_flux(rho, iterations, length, folder) -> dict:
     import flux as demo
     from safetensors.torch import load_file
 
-    fd, out = demo.fd, Path(folder) / f"flux-{rho}-{iterations}"
+    fd = demo.fd
+    out = Path(folder) / f"flux-{rho}-{iterations}"
     args = demo.demonstration(out, 0, "--paper", "--iterations", iterations, length=length)
     args.config = config = dataclasses.replace(args.config, teacher_ratio=rho)
     fd.make_cache(args)
     fd.train(args)
-    student, adapter = load_file(args.state)["student"], fd.Adapter(args)
+    student = load_file(args.state)["student"]
+    adapter = fd.Adapter(args)
     texts = args.comparison  # never seen, and not those of the log
     cond = fd.read(args, "text", texts) | {"guidance": torch.full((len(texts),), args.guidance)}
     noise = fd.noises(args, [("lookahead", i) for i in texts])

@@ -76,8 +76,10 @@ class Model:
 
     @torch.no_grad()
     def __init__(self, args: Namespace):
-        self.pipe, self.scale = fd.load(args, "image"), 0.0
-        self.adapter, saved = fd.Adapter(args), load_file(args.lora)
+        self.pipe = fd.load(args, "image")
+        self.adapter = fd.Adapter(args)
+        self.scale = 0.0
+        saved = load_file(args.lora)
         names = self.adapter.named(self.adapter.switch.weights)  # in the order of the vector
         self.student = torch.cat([saved[f"transformer.{name}"].flatten() for name in names])
         self.plain = self.adapter.velocity(None, args.size)
