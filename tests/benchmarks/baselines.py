@@ -263,34 +263,39 @@ FLUX = {
 class TinyFlux:
     """One LoRA over the tiny Flux, pairs and held-out captions: flux.py's demonstration, shift 1.
 
-    Weights are a list: the LoRA's, and those of an embedder of d that is added to the embedding of
-    time, guidance and text; its last layer starts at 0. Without a d it is not there.
+    A network is a set of LoRA weights (P,) and, where it is told d, an embedder of d: its output is
+    added to the embedding of time, guidance and text.
     """
 
     def __init__(self, out: Path, seed: int, length: float):
-        paths = ["--model", demo.TINY, "--prompts", demo.TINY / "prompts.txt", "--out", out]
-        args = fd.parse([str(word) for word in (*paths, *demo.DEMO.split(), "--seed", seed)])
-        fd.prepare(args)
-        fd.make_cache(args)
-        self.args, self.adapter, self.d, self.fine = args, fd.Adapter(args), None, {}
-        self.iterations = max(5, round(args.iterations * length))
-        self.pairs = fd.read(args, "text", [pair.text for pair in args.pairs])
-        self.latents = fd.read(args, "latent", range(len(args.pairs)))["latent"].flatten(1, 2)
-        width = self.adapter.net.inner_dim
-        embedder = nn.Sequential(nn.Linear(9, width), nn.SiLU(), nn.Linear(width, width))
-        nn.init.zeros_(embedder[2].weight), nn.init.zeros_(embedder[2].bias)
-        self.adapter.params += embedder.parameters()
+        self.args = demo.demonstration(out, seed, length=length)
+        fd.make_cache(self.args)
+        self.adapter = fd.Adapter(self.args)
+        self.start = self.adapter.switch.weights.clone()
+        self.fine = {}
+        self.pairs = fd.read(self.args, "text", [pair.text for pair in self.args.pairs])
+        rows = range(len(self.args.pairs))
+        self.latents = fd.read(self.args, "latent", rows)["latent"].flatten(1, 2)
+        self.of_step = 0.0  # what is added to the embedding
         self.adapter.net.time_text_embed.register_forward_hook(
-            lambda module, given, out: out if self.d is None else out + embedder(fourier(self.d))
+            lambda module, given, embedding: embedding + self.of_step
         )
-        self.start = [p.detach().clone() for p in self.adapter.params]
 
-    def velocity(self, weights):
-        """v(x, t, d=None, **cond) of these weights; weights None: the teacher."""
+    def embedder(self) -> nn.Module:
+        """An embedder of steps d, which at first adds 0."""
+        torch.manual_seed(self.args.seed)
+        width = self.adapter.net.inner_dim
+        layers = nn.Sequential(nn.Linear(9, width), nn.SiLU(), nn.Linear(width, width))
+        for p in layers[-1].parameters():
+            nn.init.zeros_(p)
+        return layers
+
+    def velocity(self, weights, embedder=None):
+        """v(x, t, d=None, **cond) of this network; weights None: the teacher."""
         plain = self.adapter.velocity(weights, self.args.size)
 
         def velocity(x, t, *, d=None, **cond):
-            self.d = d
+            self.of_step = 0.0 if d is None else embedder(fourier(d))
             return plain(x, t, **cond)
 
         return velocity
@@ -303,18 +308,22 @@ class TinyFlux:
         cond["guidance"] = 8 * torch.rand(len(rows), generator=generator)
         return generator, x_0, torch.randn(x_0.shape, generator=generator), cond
 
-    def optimizer(self, weights, rate, iterations):
-        """A function that takes a step down a loss; in the second half the rate falls to 0."""
-        adamw = torch.optim.AdamW(weights, rate, weight_decay=1e-4, foreach=True)
+    def optimizer(self, lora, rate, iterations, more=()):
+        """A function that takes a step down a loss; in the second half the rate falls to 0.
+
+        lora: the student's LoRA weights (P,); more: parameters of its embedder.
+        """
+        weights = [lora, *more]
+        adamw = torch.optim.AdamW(weights, rate, weight_decay=1e-4)
         factor = lambda i: min(1, 2 - 2 * i / iterations)  # noqa: E731
         schedule = torch.optim.lr_scheduler.LambdaLR(adamw, factor)
 
         def step(loss):
             loss.backward()
-            for weight, param in zip(weights, self.adapter.params):
-                weight.grad, param.grad = param.grad, None
-            nn.utils.clip_grad_norm_([w for w in weights if w.grad is not None], 10.0)
+            self.adapter.move_gradients(lora, 1.0)
+            nn.utils.clip_grad_norm_(weights, 10.0)
             adamw.step()
+            adamw.zero_grad()
             schedule.step()
 
         return step
@@ -339,8 +348,8 @@ class TinyFlux:
     def progressive(self, *, ladder, rate, growth) -> dict:
         """Velocities of the rungs: each rung's teacher is the LoRA of the rung before."""
         before, kept = None, {}
-        for N, count in rungs(ladder, self.iterations, growth):
-            weights = [w.clone() for w in before or self.start]
+        for N, count in rungs(ladder, self.args.iterations, growth):
+            weights = (self.start if before is None else before).clone()
             step = self.optimizer(weights, rate, count)
             student, teacher = self.velocity(weights), self.velocity(before)
             for i in range(count):
@@ -351,11 +360,17 @@ class TinyFlux:
 
     def shortcut_model(self, *, rate, decay, share, finest):
         """Velocity v(x, t, d): the average of LoRA and embedder."""
-        weights, average = ([w.clone() for w in self.start] for _ in range(2))
+        lora = self.start.clone()
+        embedder = self.embedder()
+        weights = [lora, *embedder.parameters()]
+        slow_lora = lora.clone()
+        slow_embedder = copy.deepcopy(embedder).requires_grad_(False)
+        average = [slow_lora, *slow_embedder.parameters()]
         batch = self.args.batch
-        k, count = step_size_rows(self.iterations * 5 * batch, batch, share, True)
-        step = self.optimizer(weights, rate, count)
-        student, slow, teacher = map(self.velocity, (weights, average, None))
+        k, count = step_size_rows(self.args.iterations * 5 * batch, batch, share, True)
+        step = self.optimizer(lora, rate, count, embedder.parameters())
+        student, slow = self.velocity(lora, embedder), self.velocity(slow_lora, slow_embedder)
+        teacher = self.velocity(None)
         for i in range(count):
             generator, x_0, noise, cond = self.draw("step size", i)
             step(step_size_loss(k, finest, student, slow, teacher, x_0, noise, generator, **cond))
@@ -400,7 +415,7 @@ def tune_flux(out: Path, seed: int, length: float) -> dict:
 def measure_flux(out: Path, seed: int, length: float) -> dict:
     """Errors of every method on the tiny Flux, for one seed; ours by flux.py, kept in `out`."""
     torch.set_num_threads(1)
-    table = demo.measure(out, "all pairs", seed)
+    table = demo.measure(out, "all pairs", seed, length)
     tiny = TinyFlux(out / f"all-pairs-{seed}", seed, length)
     rows = {"teacher": "teacher", "ours": "student", "ours, scaled": "student, scaled"}
     found = {name: {n: table[row, n]["rmse"] for n in FLUX_STEPS} for name, row in rows.items()}

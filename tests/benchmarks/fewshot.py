@@ -35,15 +35,16 @@ ALL, STEPS, NOISES = COUNTS[-1], 3, 32
 
 def distilled(out: Path, pairs: int, draw: int, length: float) -> Namespace:
     if pairs == ALL:
-        return quality.distilled(out, f"all-pairs-{draw}", draw, *quality.short(length))
+        return quality.distilled(out, f"all-pairs-{draw}", draw, length=length)
     lines = (demo.TINY / "prompts.txt").read_text().splitlines()
     held_out = list(dict.fromkeys(lines))[-12:]
     pool = [line for line in lines if line not in held_out]
     random.Random(draw).shuffle(pool)
     out.mkdir(parents=True, exist_ok=True)
     (file := out / f"draw-{draw}-{pairs}.txt").write_text("\n".join([*pool, *held_out]) + "\n")
-    more = ["--prompts", file, "--limit", pairs, "--validate-every", 1000, *quality.short(length)]
-    return quality.distilled(out, f"{pairs}-pairs-{draw}", draw, *more, steps=(STEPS,))
+    more = ["--prompts", file, "--limit", pairs, "--validate-every", 1000]
+    how = dict(steps=(STEPS,), length=length)
+    return quality.distilled(out, f"{pairs}-pairs-{draw}", draw, *more, **how)
 
 
 def nearest(samples: Tensor, pictures: Tensor) -> float:
@@ -63,7 +64,7 @@ def measure(out: Path, pairs: int, draw: int, length: float = 1.0) -> dict:
     torch.set_num_threads(1)
     args = distilled(out, pairs, draw, length)
     model = quality.Model(args)
-    scale = fd.read_metadata(args.out / fd.LORA)["scales"][str(STEPS)]
+    scale = fd.read_adapter(args)["scales"][STEPS]
     cond, noise = quality.draws(args, args.comparison, NOISES, "compare")
     table = args.noises * len(args.comparison)  # samples of the demonstration's table
 

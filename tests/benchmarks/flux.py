@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 import tempfile
+from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -35,25 +36,35 @@ RUNS = {
 STEPS = (2, 3, 4, 6, 8, 9, 12)
 
 
-def measure(out: Path, run: str, seed: int) -> dict[tuple[str, int], dict]:
+def demonstration(out: Path, seed: int, *more, steps=STEPS, length: float = 1.0) -> Namespace:
+    """Settings of the README's run with this seed and more flags, its folder checked.
+
+    steps: numbers of steps that are calibrated and compared. length: shortens it, for a test.
+    """
+    paths = ["--model", TINY, "--prompts", TINY / "prompts.txt", "--out", out]
+    args = fd.parse([str(word) for word in (*paths, *DEMO.split(), *more, "--seed", seed)])
+    if length != 1:
+        args.iterations = max(2, round(args.iterations * length))
+        args.noises = 2
+    fd.prepare(args)
+    args.steps = sorted({*steps, args.student_steps})
+    return args
+
+
+def measure(out: Path, run: str, seed: int, length: float = 1.0) -> dict[tuple[str, int], dict]:
     """Rows of the table that a run prints, by sampler and steps."""
     torch.set_num_threads(1)
-    fd.STEPS = STEPS
     folder = out / f"{run.replace(' ', '-')}-{seed}"
-    paths = ["--model", TINY, "--prompts", TINY / "prompts.txt", "--out", folder]
-    more = [*DEMO.split(), *RUNS[run].split(), "--seed", seed]
-    args = fd.parse([str(word) for word in (*paths, *more)])
-    fd.prepare(args)
+    args = demonstration(folder, seed, *RUNS[run].split(), length=length)
     with redirect_stdout(sys.stderr):  # each run prints its own table
         results = fd.distil(args)
     table = {(row["sampler"], row["steps"]): row for row in results["table"]}
     table["seed to seed"] = results["seed_to_seed"]
     table["iterations"] = results["adapter"]["iterations"]
     if run == "all pairs":  # of the weights that were saved, on the noises that chose the scales
-        saved = load_file(args.state)
         name = "slow" if "slow" in results["adapter"]["weights"] else "student"
+        weights = load_file(args.state)[name]
         validation = fd.Validation(args, fd.Adapter(args))
-        weights = [saved[f"{name}.{i}"] for i in range(len(validation.adapter.params))]
         table["lam"] = [validation.lam(weights, n) for n in STEPS]
     return table
 
@@ -68,10 +79,13 @@ def tables(runs: dict[str, list[dict]]) -> str:
         return "{:.{d}f} ± {:.{d}f}".format(*bench.interval(values), d=digits)
 
     apart = np.mean([table["seed to seed"] for table in runs["all pairs"]])
-    stopped = ", ".join(str(table["iterations"]) for table in runs["stopped when matched"])
-    lines = [f"Two seeds of the teacher: {apart:.3f}. Stopped after {stopped} iterations", ""]
+    lines = [f"Two seeds of the teacher: {apart:.3f}", ""]
+    if "stopped when matched" in runs:
+        counts = [str(table["iterations"]) for table in runs["stopped when matched"]]
+        lines[0] += f". Stopped after {', '.join(counts)} iterations"
     lines += ["| Euler steps | " + " | ".join(map(str, STEPS)) + " |", "|---" * 8 + "|"]
-    shifts = ("all pairs", "shift 2", "shift 3")  # each has a teacher of its own
+    # Each shift has a teacher of its own.
+    shifts = [run for run in ("all pairs", "shift 2", "shift 3") if run in runs]
     names = [(run, "teacher") for run in shifts]
     names += [(run, name) for run in runs for name in ("student", "student, scaled")]
     for run, name in names:
@@ -99,25 +113,29 @@ def tables(runs: dict[str, list[dict]]) -> str:
             claim(f"{place}{n} steps, scaled", ours, teacher[2 * n], f"teacher {2 * n}", 1.1)
             claim(f"{place}{n} steps, scaled", ours, teacher[3 * n], f"teacher {3 * n}", None, 1.1)
     full = {name: error("all pairs", name, 3) for name in ("student", "student, scaled")}
-    for name, ours in full.items():
+    for name, ours in full.items() if "ten pairs" in runs else ():
         few = error("ten pairs", name, 3)
         claim(f"ten pairs, 3 steps, {name}", few, ours, "all pairs", must=1.3, target=1.15)
-    for run in ("the paper's windows", "stopped when matched"):
+    for run in [run for run in ("the paper's windows", "stopped when matched") if run in runs]:
         claim("3 steps, scale 1", full["student"], error(run, "student", 3), run)
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split(": ")[0])
+    told = f"some of {', '.join(RUNS)}; always all pairs, with which others are compared"
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=RUNS, metavar="RUN", help=told)
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to this, exclusive (3)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes of one thread")
+    parser.add_argument("--length", type=float, default=1.0, help="scales all trainings (1)")
     parser.add_argument("--out", type=Path, help="keep the runs in this folder, and go on in it")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(args.jobs) as pool:
         out = args.out or Path(scratch)
         futures = {
-            run: [pool.submit(measure, out, run, seed) for seed in range(args.seeds)]
+            run: [pool.submit(measure, out, run, seed, args.length) for seed in range(args.seeds)]
             for run in RUNS
+            if run in {"all pairs", *args.runs}
         }
         print(tables({run: [f.result() for f in some] for run, some in futures.items()}))
 

@@ -43,6 +43,7 @@ import toy_2d as toy
 STRIDES = {"2, 4, 8": (2, 4, 8), "1, 2, 4": (1, 2, 4), "4, 8": (4, 8)}
 RHOS = (0.2, 0.3, 0.4, 0.52, 0.6, 0.7, 0.8, 0.9)
 MATCHED = (2, 3, 4, 6, 8)
+FLUX_RHOS = (0.52, 0.3, 0.8)
 FLOWS = ("moons", "gaussians")
 ITERATIONS = 4000
 SETTLED = dict(fast_decay=0.95, slow_decay=0.99)
@@ -281,16 +282,13 @@ def task_flux(rho, iterations, length, folder) -> dict:
     from safetensors.torch import load_file
 
     fd = demo.fd
-    words = [*demo.DEMO.split(), "--model", demo.TINY, "--prompts", demo.TINY / "prompts.txt"]
-    words += ["--out", Path(folder) / f"flux-{rho}-{iterations}", "--paper"]
-    words += ["--iterations", max(2, round(iterations * length))]
-    args = fd.parse([str(word) for word in words])
+    out = Path(folder) / f"flux-{rho}-{iterations}"
+    args = demo.demonstration(out, 0, "--paper", "--iterations", iterations, length=length)
     args.config = config = dataclasses.replace(args.config, teacher_ratio=rho)
-    fd.prepare(args)
     fd.make_cache(args)
     fd.train(args)
-    saved, adapter = load_file(args.state), fd.Adapter(args)
-    student = [saved[f"student.{i}"] for i in range(len(adapter.params))]
+    student = load_file(args.state)["student"]
+    adapter = fd.Adapter(args)
     texts = args.comparison  # never seen, and not those of the log
     cond = fd.read(args, "text", texts) | {"guidance": torch.full((len(texts),), args.guidance)}
     noise = fd.noises(args, [("lookahead", i) for i in texts])
@@ -305,7 +303,7 @@ def task_flux(rho, iterations, length, folder) -> dict:
     }
 
 
-def all_tasks(seeds: int) -> dict[str, list[tuple]]:
+def all_tasks(seeds: int, flux_rhos=FLUX_RHOS) -> dict[str, list[tuple]]:
     """(function's name, settings) of each part, in the order of their use."""
     flows, one = FLOWS, {"seed": 0, "iterations": ITERATIONS}
     students = [one | {"flow": f, "rho": r} for f, r in product(flows, RHOS)]
@@ -326,7 +324,7 @@ def all_tasks(seeds: int) -> dict[str, list[tuple]]:
     return {
         "student": students, "table": kinds, "scales": scales,
         "why": [{"flow": f, "rho": 0.2} for f in flows],
-        "flux": [{"rho": r, "iterations": 800} for r in (0.52, 0.3, 0.8)],
+        "flux": [{"rho": r, "iterations": 800} for r in flux_rhos],
     }  # fmt: skip
 
 
@@ -520,12 +518,13 @@ def main() -> None:
     parts = list(all_tasks(1))
     parser.add_argument("--parts", nargs="*", choices=parts, default=parts, help="what to measure")
     parser.add_argument("--seeds", type=int, default=5, help="of the scales: 0 to this, exclusive")
+    parser.add_argument("--flux-rhos", type=float, nargs="+", default=FLUX_RHOS, metavar="RHO")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes of one thread")
     parser.add_argument("--length", type=float, default=1.0, help="scales all trainings (1)")
     parser.add_argument("--raw", type=Path, help="keep the numbers in this folder, and go on in it")
     parser.add_argument("--figure", type=Path, help="draw this picture")
     args = parser.parse_args()
-    tasks = all_tasks(args.seeds)
+    tasks = all_tasks(args.seeds, args.flux_rhos)
     todo = [(kind, settings) for kind in args.parts for settings in tasks[kind]]
     with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(args.jobs) as pool:
         raw = args.raw or Path(scratch)

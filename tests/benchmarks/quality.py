@@ -39,6 +39,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import flux_distill as fd
@@ -56,13 +57,9 @@ TUNED = (3, 4, 6, 8)  # calls by which a solver is chosen
 SAMPLERS = ("teacher", "student", "student, scaled", "solver")
 
 
-def distilled(out: Path, name: str, seed: int, *more, steps=demo.STEPS) -> Namespace:
+def distilled(out: Path, name: str, seed: int, *more, **how) -> Namespace:
     """Settings of the demonstration's run with this seed, its adapter in --out: now, or before."""
-    fd.STEPS = steps
-    paths = ["--model", demo.TINY, "--prompts", demo.TINY / "prompts.txt", "--out", out / name]
-    words = [*paths, *demo.DEMO.split(), "--seed", seed, *more]
-    args = fd.parse([str(word) for word in words])
-    fd.prepare(args)
+    args = demo.demonstration(out / name, seed, *more, **how)
     with redirect_stdout(sys.stderr):  # it prints a table
         fd.distil(args)
     return args
@@ -77,16 +74,18 @@ class Model:
     Merged, a call costs half of what it does with a LoRA beside each layer.
     """
 
+    @torch.no_grad()
     def __init__(self, args: Namespace):
         self.pipe = fd.load(args, "image")
-        self.pipe.load_lora_weights(args.out, weight_name=fd.LORA, adapter_name="default")
-        self.adapter, self.scale = fd.Adapter(args), 0.0
-        self.student = [p.detach().clone() for p in self.adapter.params]
+        self.adapter = fd.Adapter(args)
+        self.scale = 0.0
+        saved = load_file(args.lora)
+        names = self.adapter.named(self.adapter.switch.weights)  # in the order of the vector
+        self.student = torch.cat([saved[f"transformer.{name}"].flatten() for name in names])
         self.plain = self.adapter.velocity(None, args.size)
-        layers = [m for m in self.adapter.net.modules() if hasattr(m, "get_delta_weight")]
-        self.layers = [
-            (m.weight, m.weight.clone(), m.get_delta_weight("default").detach()) for m in layers
-        ]
+        self.adapter.use(self.student)
+        layers = [(m.base.weight, m.B @ m.A) for m in self.adapter.layers.values()]
+        self.layers = [(weight, weight.clone(), delta) for weight, delta in layers]
 
     @torch.no_grad()
     def merge(self, scale: float) -> None:
@@ -178,23 +177,21 @@ def head(cond: dict, count: int) -> dict:
     return {name: x[:count] for name, x in cond.items()}
 
 
-def search(model: Model, cond: dict, noise: Tensor, fine: Tensor, calls: int) -> float:
-    """Scale of least distance on validation noise, as flux_distill.py searches it: lam*, around."""
-    student, teacher = model.velocity(1.0), model.velocity(0.0)
-    lam = sc.optimal_scale(student, teacher, noise, sc.time_grid(calls), **cond).item()
-    best, tries = min(max(lam, 0.1), 5.0), []
-    for spread in (0.4, 0.15):
-        for scale in (best * np.linspace(1 - spread, 1 + spread, 5)).round(3).tolist():
-            end = sample(euler, model.velocity(scale), cond, noise, calls)
-            tries.append((fd.rms(end - fine), scale))
-        best = min(tries)[1]
-    return best
+def calibrated(args: Namespace, model: Model) -> dict[int, float]:
+    """The student's scale for each of CALLS: out of its file, or searched as those there were."""
+    scales = fd.read_adapter(args)["scales"]
+    missing = [n for n in CALLS if n not in scales]
+    if missing:
+        model.merge(0.0)
+        validation = fd.Validation(Namespace(**vars(args) | {"steps": missing}), model.adapter)
+        scales |= {n: validation.search(model.student, n)[1] for n in missing}
+    return scales
 
 
 def tune(out: Path, length: float) -> dict:
     """The best shift of every solver on validation captions, and the solver to compare with."""
     torch.set_num_threads(1)
-    args = distilled(out, "all-pairs-0", 0, *short(length))
+    args = distilled(out, "all-pairs-0", 0, length=length)
     teacher = Model(args).velocity(0.0)
     cond, noise = draws(args, args.validation, max(2, round(16 * length)), "tuning")
     fine = sample(euler, teacher, cond, noise, fd.FINE)
@@ -302,16 +299,10 @@ def diversity(latents: Tensor, captions: Tensor) -> float:
 # ------------------------------------------------------------------------------------- measurements
 
 
-def short(length: float) -> list[str]:
-    """Flags of a shorter run."""
-    count = max(2, round(demo.ITERATIONS * length))
-    return [] if length == 1 else ["--iterations", str(count), "--noises", "2"]
-
-
 def measure(out: Path, seed: int, judge: Judge, tuned: dict, length: float = 1.0) -> dict:
     """All the numbers of one seed; `length` shortens training and draws fewer noises."""
     torch.set_num_threads(1)
-    args = distilled(out, f"all-pairs-{seed}", seed, *short(length))
+    args = distilled(out, f"all-pairs-{seed}", seed, length=length)
     model, texts = Model(args), [*args.validation, *args.comparison]
     noises, few = (max(2, round(count * length)) * len(texts) for count in (NOISES, FEW))
     cond, noise = draws(args, texts, noises // len(texts), "quality")
@@ -319,12 +310,7 @@ def measure(out: Path, seed: int, judge: Judge, tuned: dict, length: float = 1.0
     captions = captions.repeat(noises // len(texts))
     compared = torch.arange(noises) % len(texts) >= len(args.validation)
 
-    valid, valid_noise = draws(args, args.validation, args.noises, "validation")
-    fine = sample(euler, model.velocity(0.0), valid, valid_noise, fd.FINE)
-    scales = {int(n): s for n, s in fd.read_metadata(args.out / fd.LORA)["scales"].items()}
-    for n in set(CALLS) - set(scales):
-        scales[n] = search(model, valid, valid_noise, fine, n)
-
+    scales = calibrated(args, model)
     solver, shifts = SOLVERS[tuned["chosen"]], tuned["found"][tuned["chosen"]]
     setting = {  # solver, scale and shift at n calls
         "teacher": lambda n: (euler, 0.0, 1.0),
