@@ -105,9 +105,9 @@ def test_times_that_the_stock_pipeline_does_not_take_are_found(args):
 PLANTED = """
 import sys
 sys.path.insert(0, {tests!r})
-import pretend_gpu as gpu
+import fake_gpu as gpu
 import test_device
-from pretend_gpu import torch
+from fake_gpu import torch
 torch.nn.functional.scaled_dot_product_attention = test_device.attention_with_a_wrong_backward
 gpu.main(sys.argv[1:])
 """
@@ -130,11 +130,11 @@ def test_training_on_a_fake_gpu_stops_at_a_wrong_backward(tmp_path):
     assert wrong.returncode == 1, wrong.stderr[-2000:]
     assert "student's gradient with the attention kernels in use differs" in wrong.stderr
     assert not (tmp_path / "out" / "checkpoint").exists()
-    right = start(HERE / "pretend_gpu.py")
+    right = start(HERE / "fake_gpu.py")
     assert right.returncode == 0, right.stderr[-2000:]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert 0 <= results["adapter"]["checks"]["gradient"] < fd.CHECKS["gradient"][0]
-    assert results["machine"]["device"] == "a pretended GPU"
+    assert results["machine"]["device"] == "a fake GPU"
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Relative differences before the first iteration: the gradient" in card
     assert "| train | " in card and "1.0 GiB" in card

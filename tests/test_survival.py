@@ -280,8 +280,8 @@ def test_a_token_is_written_nowhere_and_nothing_outside_out(tmp_path):
 MIXED = """
 import sys
 sys.path.insert(0, {tests!r})
-import pretend_gpu as gpu
-from pretend_gpu import torch
+import fake_gpu as gpu
+from fake_gpu import torch
 with gpu.Names(), gpu.Dispatch():
     there, here, generator = torch.ones(2, 2, device="cuda"), torch.ones(2, 2), torch.Generator()
     assert (2 * there + torch.tensor(1.0)).sum().item() == 12 and there.device == gpu.DEVICE
@@ -302,7 +302,7 @@ gpu.main(sys.argv[1:])
 @pytest.mark.skipif(
     not hasattr(backends, "_setup_privateuseone_for_python_backend"), reason="needs a newer PyTorch"
 )
-def test_the_branch_of_a_gpu_on_a_pretended_one(tmp_path):
+def test_the_branch_of_a_gpu_on_a_fake_one(tmp_path):
     """No tensor of the CPU meets one of the GPU, from the cache to the self-check, in bfloat16."""
     (script := tmp_path / "gpu.py").write_text(MIXED.format(tests=os.path.dirname(__file__)))
     more = ["--iterations", 2, "--held-out", 2, "--batch", 2, "--limit", 4, "--paper"]

@@ -1,4 +1,4 @@
-"""flux_distill.py as on a GPU, without one: python tests/pretend_gpu.py FLAGS
+"""flux_distill.py as on a GPU, without one: python tests/fake_gpu.py FLAGS
 
 Tensors on "cuda" compute on the CPU, but mixing them with the CPU's is refused as CUDA refuses it.
 So the program takes its GPU's branch whole, in bfloat16. It says nothing of kernels, memory, speed.
@@ -16,8 +16,8 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 COPIES = ("aten::_to_copy", "aten::copy_", "aten::_foreach_copy_")  # from device to device
-_setup_privateuseone_for_python_backend("pretended")
-DEVICE = torch.device("pretended", 0)
+_setup_privateuseone_for_python_backend("fake")
+DEVICE = torch.device("fake", 0)
 
 
 def each(change, x):
@@ -84,7 +84,7 @@ class Dispatch(TorchDispatchMode):
 
 
 class Names(TorchFunctionMode):
-    """ "cuda" is the pretended device."""
+    """ "cuda" is the fake device."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         def ours(x):
@@ -108,7 +108,7 @@ def main(argv):
     torch.cuda.is_available = lambda: True
     torch.cuda.synchronize = torch.cuda.empty_cache = torch.cuda.ipc_collect = lambda: None
     torch.cuda.get_device_properties = lambda index: SimpleNamespace(total_memory=80 * 2**30)
-    torch.cuda.get_device_name = lambda: "a pretended GPU"
+    torch.cuda.get_device_name = lambda: "a fake GPU"
     torch.cuda.max_memory_allocated = lambda: 2**30
     torch.cuda.reset_peak_memory_stats = lambda: None
     fd.Adapter.recompute = lambda self, every: None
