@@ -706,7 +706,7 @@ class Adapter:
         self.recompute(args.recompute_every)
         if args.compile and self.blocks[0]._compiled_call_impl is None:
             # A graph for each of teacher, EMA and student, in each kind of block and shape.
-            torch._dynamo.config.recompile_limit = 64
+            torch._dynamo.config.cache_size_limit = 64  # the older of its two names
             self.net.compile_repeated_blocks()
 
     def install(self, args: Namespace) -> None:
