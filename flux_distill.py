@@ -174,6 +174,7 @@ def refuse_useless(parser: ArgumentParser, args: Namespace) -> None:
 
 if __name__ == "__main__":
     parse(None)  # --help and wrong flags are answered before the imports below take their seconds
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # nothing has been begun; until main()
 
 import numpy as np
 import torch
@@ -186,7 +187,6 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -199,6 +199,7 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # they advise packages th
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.training_utils import free_memory, generate_aspect_ratio_buckets
 from huggingface_hub import ModelCardData, hf_hub_download
 from huggingface_hub import errors as hub
@@ -373,7 +374,10 @@ def alone(args: Namespace):
     with ExitStack() as stack:
         if args.lead and fcntl:
             try:
-                file = stack.enter_context(open(args.out / ".lock", "a"))
+                path = args.out / ".lock"
+                with suppress(PermissionError):  # another user's will do: a lock needs no writing
+                    path.touch()
+                file = stack.enter_context(open(path))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 remove_parts(args.out)
             except BlockingIOError:
@@ -416,7 +420,8 @@ class Costs:
         self.phases = {}
         self.running = None
         with suppress(OSError, ValueError):
-            self.phases = json.loads(path.read_text())
+            found = json.loads(path.read_text())
+            self.phases = found if isinstance(found, dict) else {}
 
     def peak(self) -> float | None:
         return torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else None
@@ -482,7 +487,7 @@ def forecast(args: Namespace, validation, iteration: int, seconds: float) -> str
              f" takes about {duration(calibrate)} and comparison {duration(compare)}")  # fmt: skip
     if args.device != "cuda":
         return words
-    peak, card = args.costs.peak(), torch.cuda.get_device_properties(0).total_memory / 2**30
+    peak, card = args.costs.peak(), card_memory() / 2**30
     words += f"; peak memory {peak:.1f} of {card:.1f} GiB"
     if peak > 0.95 * card:
         words += f". ALARM: that is nearly all, and may not last; {SMALLER}"
@@ -567,9 +572,19 @@ def check_memory(args: Namespace, config: dict) -> None:
         base += parameters * width * (blocks - recomputed) / blocks
     lists = 6 if args.paper else 5  # student, gradient, two moments, averages, in float32
     need = base + width * tokens * kept * net.inner_dim + lora * (4 * lists + 2 * width)
-    have = torch.cuda.get_device_properties(0).total_memory if gpu else machine_memory()
+    have = card_memory() if gpu else machine_memory()
     if need > have:
         die(f"training needs about {need / 2**30:.0f} GiB of {have / 2**30:.0f} GiB; {SMALLER}")
+
+
+def local_rank() -> int:
+    """Which card of its machine is this process's."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def card_memory() -> int:
+    """Bytes of this process's card."""
+    return torch.cuda.get_device_properties(local_rank()).total_memory
 
 
 def machine_memory() -> float:
@@ -1335,16 +1350,21 @@ def device_errors(args: Namespace, adapter: Adapter, pair: tuple) -> dict[str, f
     def difference(x: Tensor, reference: Tensor) -> float:
         return ((x - reference).norm() / reference.norm()).item()
 
+    @contextmanager
+    def plainly():
+        """Eager, and with PyTorch's plain attention, whatever DIFFUSERS_ATTN_BACKEND says."""
+        with torch.compiler.set_stance("force_eager"), attention_backend("_native_math"):
+            yield
+
     found = {"gradient": gradient(args.batch)}
-    with torch.compiler.set_stance("force_eager"):
+    with plainly():
         adapter.recompute(1)
-        with sdpa_kernel(SDPBackend.MATH):
-            found["gradient"] = difference(found["gradient"], gradient(1))
+        found["gradient"] = difference(found["gradient"], gradient(1))
         adapter.recompute(args.recompute_every)
     with torch.no_grad():
         ours = velocities(None)
         if not args.quantize:  # int8 has no float32 to be compared with
-            with torch.compiler.set_stance("force_eager"), adapter.in_float32():
+            with plainly(), adapter.in_float32():
                 theirs = velocities(torch.float32)
             for name, v, reference in zip(("teacher", "student"), ours, theirs):
                 found[name] = difference(v, reference)
@@ -1384,10 +1404,62 @@ def train(args: Namespace) -> None:
             args.checks = check_device(args, adapter, (pair.text, latent))
     validation = args.lead and Validation(args, adapter)
     args.validator = validation
+
+    def validate(iteration: int, bar) -> tuple[bool, bool]:
+        """Whether training is done, and whether the student is lost."""
+        bar.set_description("validate")  # the first takes minutes, later ones seconds
+        rows[-1] |= validation.report(student, f"{iteration:06d}")
+        bar.set_description("train")
+        bar.set_postfix({f"lam*({N})": f"{rows[-1][f'lam_{N}']:.2f}"})
+        lost = diverged(args, rows[-1], 5.0)
+        alarm = 2 * iteration >= args.iterations and not lost
+        if alarm and "ALARM" in verdict(args, rows[-1]):
+            tqdm.write(f"iteration {iteration}: {verdict(args, rows[-1])}")
+        write_log(args, rows)
+        done = iteration == args.iterations or (args.stop_when_matched and matched(args, rows))
+        return done, lost
+
+    def due(iteration: int) -> bool:
+        return iteration == args.iterations or iteration % args.validate_every == 0
+
+    def finish(iteration: int, bar, asked: list) -> bool:
+        """What follows an optimizer step; whether training is done. Stops and failures end it.
+
+        Validations take long, so the step is saved before: a resumed run begins with what is due.
+        """
+        stops = torch.tensor([len(asked)], device=args.device)
+        add_up(args, stops)
+        stop = stops.item() > 0  # of any process
+        if args.lead and (due(iteration) or stop or iteration % args.checkpoint_every == 0):
+            save_state(args, sets, optimizer, rows, False)
+            args.costs.save()
+        if stop:
+            add_up(args, stops)  # wait for the one that saves
+            die(f"stopped after iteration {iteration}; the same command goes on from there")
+        if not due(iteration):
+            return False
+        ends = torch.zeros(2, device=args.device)
+        if args.lead:
+            with on_stop(stop_now):
+                ends += torch.tensor(validate(iteration, bar), device=args.device)
+        add_up(args, ends)
+        done, lost = map(bool, ends.tolist())
+        if lost:  # not saved: the same command comes to the same end
+            words = verdict(args, rows[-1]) if args.lead else f"diverged student; {LOWER}"
+            die(f"stopped at iteration {iteration}: {words}")
+        if args.lead:
+            save_state(args, sets, optimizer, rows, done)
+            args.costs.save()
+        return done
+
     span, share = range(len(rows) + 1, args.iterations + 1), 1 / (args.accumulate * args.processes)
     third = len(rows) + 3  # from here on, what is to come can be told
     bar = tqdm(span, "train", initial=len(rows), total=args.iterations, **args.quiet)
     with interruptible() as asked:
+        # A validation may be missing: it was not waited for, or did not end.
+        behind = rows and due(len(rows)) and "rmse" not in rows[-1]
+        if behind and finish(len(rows), bar, asked):
+            return
         for iteration in bar:
             began = time.perf_counter()
             # --paper: passes share U, evenly spread, with as many teacher rows as a large batch.
@@ -1420,35 +1492,12 @@ def train(args: Namespace) -> None:
             for name, decay in decays.items():
                 sc.update_ema([sets[name]], [student], decay, iteration)
             rows.append(row | {"gradient_norm": norm, "learning_rate": rate})
-            done, lost = iteration == args.iterations, False
             if args.lead and iteration == third:
                 seconds = time.perf_counter() - began
                 words = forecast(args, validation, iteration, seconds)
                 tqdm.write(f"iteration {iteration}: {words}")
                 check_disk(args, student.numel())
-            if args.lead and (done or iteration % args.validate_every == 0):
-                bar.set_description("validate")  # the first takes minutes, later ones seconds
-                rows[-1] |= validation.report(student, f"{iteration:06d}")
-                bar.set_description("train")
-                bar.set_postfix({f"lam*({N})": f"{rows[-1][f'lam_{N}']:.2f}"})
-                lost = diverged(args, rows[-1], 5.0)
-                alarm = 2 * iteration >= args.iterations and not lost
-                if alarm and "ALARM" in verdict(args, rows[-1]):
-                    tqdm.write(f"iteration {iteration}: {verdict(args, rows[-1])}")
-                done |= args.stop_when_matched and matched(args, rows)
-                write_log(args, rows)
-            add_up(args, ends := torch.tensor([done, len(asked), lost], device=args.device))
-            done, stop, lost = map(bool, ends.tolist())  # of any process
-            if lost:  # not saved: the same command comes to the same end
-                words = verdict(args, rows[-1]) if args.lead else f"diverged student; {LOWER}"
-                die(f"stopped at iteration {iteration}: {words}")
-            if args.lead and (done or stop or iteration % args.checkpoint_every == 0):
-                save_state(args, sets, optimizer, rows, done)
-                args.costs.save()
-            if stop:
-                add_up(args, ends)  # wait for the one that saves
-                die(f"stopped after iteration {iteration}; the same command goes on from there")
-            if done:
+            if finish(iteration, bar, asked):
                 return
 
 
@@ -1477,6 +1526,10 @@ def interruptible():
 
     with on_stop(ask):
         yield asked
+
+
+def stop_now(*_):
+    raise KeyboardInterrupt
 
 
 @contextmanager
@@ -1923,7 +1976,7 @@ def prepare(args: Namespace) -> None:
     args.quiet = {} if args.lead else {"disable": True}
     if args.processes > 1:
         if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(local_rank())
         engine = "nccl" if args.device == "cuda" else "gloo"
         patience = timedelta(days=1)  # of those that wait while one validates
         dist.init_process_group(engine, timeout=patience)
@@ -1997,7 +2050,7 @@ def distil(args: Namespace) -> dict:
     with suppress(FileNotFoundError, ValueError):
         results = json.loads(file.read_text())
     saved = read_metadata(args.lora).get("key") == args.key
-    if not saved or results["adapter"].get("key") != args.key:
+    if not saved or results.get("adapter", {}).get("key") != args.key:
         with args.costs.phase("cache", resumes=True):
             make_cache(args)
         saved &= read_metadata(args.check).get("key") == args.key
@@ -2038,12 +2091,8 @@ def in_words(args: Namespace, error: OSError) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
     try:
-        with on_stop(stop):
+        with on_stop(stop_now):
             prepare(args)
             if not args.sample:
                 with alone(args):
@@ -2056,6 +2105,11 @@ def main(argv: list[str] | None = None) -> None:
         die(f"out of GPU memory; {SMALLER}. What is done is kept")
     except OSError as error:
         die(in_words(args, error))
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            raise
+        reason = str(error).strip().splitlines()[0][:200]
+        die(f"--compile fails on this machine ({reason}): the same command resumes without it")
 
 
 if __name__ == "__main__":

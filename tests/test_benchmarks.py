@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,19 @@ def test_gpu_tries_each_part_on_a_small_configuration(tmp_path):
     assert not any({"error", "stopped", "note"} & names for names in found.values())
     heads = ("attention kernel, tiny Flux", "kernels in use", "pixels | batch", "full, phase")
     assert all(f"| {head} |" in printed for head in heads)
+
+
+@pytest.mark.slow
+def test_nothing_of_a_part_outlives_its_time(tmp_path, monkeypatch):
+    """Neither its processes nor its files: they would slow the next part, and fill the memory."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import gpu
+
+    monkeypatch.setattr(gpu.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    rows = gpu.run_part("full", False, 12)
+    assert rows[-1] == {"stopped": "stopped after 12 s"}
+    assert not list(tmp_path.iterdir())
+    time.sleep(1)
+    told = subprocess.run(["ps", "ax", "-o", "command"], capture_output=True, text=True).stdout
+    assert str(tmp_path) not in told

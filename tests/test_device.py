@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -285,3 +287,129 @@ def test_the_rotary_embedding_is_computed_once_for_each_grid(args, monkeypatch):
     ends = fd.sample(args, fd.load(args, "image"), cond, fd.noises(args, [("a",)]), 2)
     assert len(asked) == 4 and ends.isfinite().all()  # the stock pipeline's own, each time
     hook.remove()
+
+
+# ------------------------------------------------------------------ the LoRA layer by itself
+
+
+def test_a_lora_layer_is_the_linear_layer_of_merged_weights_gradients_too():
+    """Against autograd through W + B A, which knows nothing of the layer."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    base = torch.nn.Linear(6, 5).requires_grad_(False)
+    A, B = draw(3, 6), draw(5, 3)
+    layer = fd.LoRALinear(base, A, B, Namespace(on=True))
+    x = draw(2, 7, 6).requires_grad_()
+    merged = [p.clone().requires_grad_() for p in (A, B, x.detach())]
+    y = torch.nn.functional.linear(merged[2], base.weight + merged[1] @ merged[0], base.bias)
+    direction = draw(2, 7, 5)
+    (layer(x) * direction).sum().backward()
+    (y * direction).sum().backward()
+    assert_close(layer(x), y)
+    for ours, theirs in zip((layer.A, layer.B, x), merged):
+        assert_close(ours.grad, theirs.grad)
+    layer.switch.on = False
+    assert_close(layer(x), base(x))
+
+
+@pytest.mark.parametrize(("every", "again"), [(0, 0), (1, 4), (2, 2), (3, 2)])
+def test_as_many_blocks_are_recomputed_as_asked(args, every, again):
+    args.loaded = (None, None)
+    adapter = fd.Adapter(args)
+    adapter.recompute(every)
+    calls = []
+    for block in adapter.blocks:
+        norm = block.norm1 if hasattr(block, "norm1") else block.norm
+        norm.register_forward_hook(lambda *_: calls.append(1))
+    cond = fd.read(args, "text", [0]) | {"guidance": torch.ones(1)}
+    v = adapter.velocity(adapter.switch.weights.clone(), args.size)
+    v(fd.noises(args, [("a",)]), torch.ones(1), **cond).sum().backward()
+    args.loaded = (None, None)
+    assert len(calls) == len(adapter.blocks) + again == 4 + again
+
+
+def test_the_device_check_moves_every_weight_and_looks_at_the_student(args, monkeypatch):
+    seen = []
+    real = fd.Adapter.move_gradients
+
+    def kept(self, student, fraction):
+        real(self, student, fraction)
+        seen.append((self, student.grad.clone()))
+
+    monkeypatch.setattr(fd.Adapter, "move_gradients", kept)
+    fd.device_errors(args, fd.Adapter(args), first_pair(args))
+    adapter, gradient = seen[0]
+    sizes = [p.numel() for p in adapter.params]
+    assert len(seen) == 2 and all(part.abs().max() > 0 for part in gradient.split(sizes))
+    monkeypatch.setattr(fd.Adapter, "move_gradients", real)
+    forward = fd.LoRALinear.forward
+
+    def wrong(self, x):  # in the student alone, and in whichever type the check computes
+        y = forward(self, x)
+        return y + 0.5 if self.switch.on and x.dtype == torch.float32 and wrong.on else y
+
+    wrong.on = False
+    monkeypatch.setattr(fd.LoRALinear, "forward", wrong)
+    in_float32 = fd.Adapter.in_float32
+
+    @contextmanager
+    def marked(self):
+        with in_float32(self):
+            wrong.on = True
+            yield
+            wrong.on = False
+
+    monkeypatch.setattr(fd.Adapter, "in_float32", marked)
+    found = fd.device_errors(args, fd.Adapter(args), first_pair(args))
+    assert found["teacher"] < 1e-5 and found["student"] > 1e-3
+
+
+def test_the_reference_is_plain_attention_whatever_the_environment_says(args, monkeypatch):
+    """DIFFUSERS_ATTN_BACKEND opens a kernel of its own inside the call."""
+    registry = fd.attention_backend.__wrapped__.__globals__["_AttentionBackendRegistry"]
+    monkeypatch.setattr(registry, "_active_backend", "_native_flash")
+    functional, used = torch.nn.functional, []
+
+    def noted(*more, **named):
+        used.append(torch.backends.cuda.math_sdp_enabled())
+        return ATTENTION(*more, **named)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", noted)
+    fd.device_errors(args, fd.Adapter(args), first_pair(args))
+    assert any(used) and not all(used)
+
+
+def test_costs_are_brought_up_to_date_without_counting_twice(tmp_path):
+    costs = fd.Costs(tmp_path / "costs.json", "cpu", lead=True)
+    began = time.perf_counter()
+    with costs.phase("train"):
+        for _ in range(5):
+            time.sleep(0.02)
+            costs.save()
+    assert 0.1 <= costs.phases["train"]["seconds"] <= time.perf_counter() - began
+
+
+def test_the_end_of_training_is_told_with_its_validations(monkeypatch):
+    class Noon(datetime):
+        @classmethod
+        def now(cls):
+            return cls(2026, 1, 5, 12)
+
+    monkeypatch.setattr(fd, "datetime", Noon)
+    args = Namespace(steps=[2, 3], student_steps=3, comparison=[0] * 8, validation=[0] * 4,
+                     iterations=13, validate_every=5, device="cpu")  # fmt: skip
+    words = fd.forecast(args, Namespace(seconds=60.0), 3, 60.0)
+    assert "until Mon 14:09" in words  # 10 x 60 s + 3 x 13 x 60 s + 80 x 60 s = 129 min
+
+
+def test_positions_are_told_apart_by_text_length_too(args):
+    adapter = fd.Adapter(args)
+    x = torch.randn(1, 16, 16)
+    guidance, t = torch.ones(1), torch.ones(1)
+    text = fd.read(args, "text", [0])
+    short = {"text": text["text"][:, :5], "pooled": text["pooled"], "guidance": guidance}
+    with torch.no_grad():
+        adapter.velocity(None, (4, 4))(x, t, **text, guidance=guidance)
+        after = adapter.velocity(None, (4, 4))(x, t, **short)
+        adapter.net.pos_embed.known.clear()
+        assert torch.equal(after, adapter.velocity(None, (4, 4))(x, t, **short))

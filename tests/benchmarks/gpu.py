@@ -19,10 +19,12 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -53,8 +55,6 @@ STEPS = {  # pixels, batch, flags
 
 def gradients(on_gpu: bool):
     """A row for each attention kernel: relative differences, or what the kernel said."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     import flux_distill as fd
 
     with tempfile.TemporaryDirectory() as out:
@@ -64,18 +64,12 @@ def gradients(on_gpu: bool):
         fd.make_cache(args)
         adapter = fd.Adapter(args)
         pair = (args.pairs[0].text, fd.read(args, "latent", [0])["latent"][0].cpu())
-        choices = {"in use": None, "flash": SDPBackend.FLASH_ATTENTION,
-                   "efficient": SDPBackend.EFFICIENT_ATTENTION,
-                   "cuDNN": SDPBackend.CUDNN_ATTENTION}  # fmt: skip
-        for name, kernel in choices.items() if on_gpu else [("in use", None)]:
+        choices = {"in use": "native", "flash": "_native_flash", "efficient": "_native_efficient",
+                   "cuDNN": "_native_cudnn"}  # fmt: skip
+        for name, backend in choices.items() if on_gpu else [("in use", "native")]:
             try:
-                if kernel is None:
-                    found = fd.device_errors(args, adapter, pair)
-                else:
-                    # Few kernels know float32, which the reference velocities need.
-                    with sdpa_kernel([kernel, SDPBackend.MATH], set_priority=True):
-                        found = fd.device_errors(args, adapter, pair)
-                yield {"kernel": name, **found}
+                with fd.attention_backend(backend):
+                    yield {"kernel": name, **fd.device_errors(args, adapter, pair)}
             except RuntimeError as error:
                 yield {"kernel": name, "error": str(error).splitlines()[0][:100]}
 
@@ -166,14 +160,12 @@ def make_pipeline(folder: Path, on_gpu: bool) -> None:
 
 def full(on_gpu: bool):
     """flux_distill.py end to end on a folder of FLUX.1-dev's configuration."""
-    shared = Path("/dev/shm")
-    roomy = on_gpu and shared.is_dir() and shutil.disk_usage(shared).free > 40e9
-    with tempfile.TemporaryDirectory(dir=shared if roomy else None) as folder:
+    with tempfile.TemporaryDirectory(dir=os.environ.get("ROOMY")) as folder:
         model = Path(folder) / "model"
         began = time.perf_counter()
         command = [sys.executable, __file__, "--make-pipeline", str(model)]
         subprocess.run(command, check=True)
-        yield {"made": time.perf_counter() - began, "in_memory": roomy,
+        yield {"made": time.perf_counter() - began, "in_memory": "ROOMY" in os.environ,
                "bytes": sum(p.stat().st_size for p in model.rglob("*") if p.is_file())}  # fmt: skip
         more = [] if on_gpu else ["--resolution", "32"]
         with tempfile.TemporaryDirectory() as out:
@@ -229,16 +221,30 @@ def markdown(results: dict) -> str:
 
 
 def run_part(name: str, on_gpu: bool, limit: float | None) -> list[dict]:
-    """The rows of a part, those before its time was up included."""
-    with tempfile.TemporaryDirectory() as folder:
+    """The rows of a part, those before its time was up included.
+
+    Nothing of it outlives its time: neither processes, which would slow the next part, nor files.
+    """
+    shared = Path("/dev/shm")
+    roomy = on_gpu and shared.is_dir() and shutil.disk_usage(shared).free > 40e9
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        env = os.environ | {"TMPDIR": folder}
+        if roomy:
+            env["ROOMY"] = stack.enter_context(tempfile.TemporaryDirectory(dir=shared))
         rows = Path(folder) / "rows"
         rows.touch()
         command = [sys.executable, __file__, "--part", name, "--rows", str(rows)]
+        process = subprocess.Popen(command, env=env, start_new_session=True)
         try:
-            code = subprocess.run(command, timeout=limit).returncode
+            code = process.wait(limit)
             note = f"ended with code {code}" if code else None
         except subprocess.TimeoutExpired:
             note = f"stopped after {limit:.0f} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         found = [json.loads(line) for line in rows.read_text().splitlines()]
         return found + ([{"stopped": note}] if note else [])
 
