@@ -14,11 +14,13 @@ import tempfile
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import accumulate, pairwise, product
 from pathlib import Path
 
+OUTPUTS = ("results.json", "samples.png", "paths.png", "progress.png", "quality.png", "flow.gif")
+MARK = "toy_2d.py"  # in the figures, by which the program knows them again
 FLOW_NAMES = ("moons", "checkerboard", "spirals", "gaussians")
 
 # ----------------------------------------------------------------------------------------- settings
@@ -49,26 +51,29 @@ def parse(argv: list[str] | None) -> Namespace:
     ):
         if not low <= value <= high:
             parser.error(f"{name} {value} must be between {low} and {high}")
-    results = args.out / "results.json"
     if not 1e-3 <= args.shift <= 1e3:  # further out float32 has no times between 0 and 1
         parser.error(f"--shift {args.shift:g} must be between 0.001 and 1000")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()  # not allowed: say so before training
-        if results.exists() and not is_ours(results):
-            parser.error(f"{results} is not from this program and would be replaced: move it, or"
+        foreign = [args.out / name for name in OUTPUTS if (args.out / name).exists()]
+        if foreign and not is_ours(args.out):
+            parser.error(f"{foreign[0]} is not from this program and would be replaced: move it, or"
                          " give another --out")  # fmt: skip
     except OSError as error:
         parser.error(f"--out {args.out}: {error.strerror}: give another --out")
     return args
 
 
-def is_ours(results: Path) -> bool:
-    """Whether this program wrote that results.json; damaged, it can't be told."""
-    try:
-        return {"energy", "rms", "settings"} <= json.loads(results.read_text()).keys()
-    except (ValueError, AttributeError):
-        return False
+def is_ours(folder: Path) -> bool:
+    """Whether this program wrote the results or the samples there; damaged, it can't be told."""
+    with suppress(OSError, ValueError, AttributeError):
+        results = json.loads((folder / OUTPUTS[0]).read_text())
+        if {"energy", "rms", "settings"} <= results.keys():
+            return True
+    with suppress(OSError), open(folder / OUTPUTS[1], "rb") as file:
+        return MARK.encode() in file.read(1000)
+    return False
 
 
 if __name__ == "__main__":
@@ -295,7 +300,7 @@ def plot_samples(samples: dict, energy: dict, data: Tensor, floor: float, path: 
         axes[0].set_ylabel(name, fontsize=13, color=color, fontweight="bold")
     figure.suptitle("Energy distance to the data (1/10,000); the same noise in all panels")
     with whole(path) as part:
-        figure.savefig(part, dpi=100)
+        figure.savefig(part, dpi=100, metadata={"Software": MARK})
 
 
 def plot_lines(panels: list[tuple[str, str, dict]], level: float, path: Path) -> None:
@@ -315,7 +320,7 @@ def plot_lines(panels: list[tuple[str, str, dict]], level: float, path: Path) ->
     axis.axhline(level, color="black", lw=0.8)
     axis.legend(frameon=False)
     with whole(path) as part:
-        figure.savefig(part, dpi=100)
+        figure.savefig(part, dpi=100, metadata={"Software": MARK})
 
 
 def square_panels(samplers: list[tuple], data: Tensor) -> tuple[Figure, list]:
@@ -344,7 +349,7 @@ def plot_paths(samplers: list[tuple], noise: Tensor, data: Tensor, shift: float,
             axis.scatter(*states[i].T, s=size, color=shade, linewidths=0, label=name, zorder=3)
     axis.legend(loc="lower right", fontsize=8)
     with whole(path) as part:
-        figure.savefig(part, dpi=100)
+        figure.savefig(part, dpi=100, metadata={"Software": MARK})
 
 
 def animate(samplers: list[tuple], noise: Tensor, data: Tensor, shift: float, path: Path) -> None:

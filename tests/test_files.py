@@ -192,6 +192,23 @@ def test_toy_leaves_results_of_others_alone(tmp_path, capsys, text):
     assert content(tmp_path) == {"results.json": text.encode()}
 
 
+@pytest.mark.parametrize("name", ["samples.png", "quality.png", "flow.gif"])
+def test_toy_leaves_figures_of_others_alone(tmp_path, capsys, name):
+    Image.new("RGB", (8, 8)).save(tmp_path / name)
+    before = content(tmp_path)
+    with pytest.raises(SystemExit):
+        toy(tmp_path)
+    assert f"{name} is not from this program and would be replaced" in capsys.readouterr().err
+    assert content(tmp_path) == before
+
+
+def test_toy_knows_its_figures_without_its_results(tmp_path):
+    """As in assets/."""
+    toy(tmp_path)
+    (tmp_path / "results.json").unlink()
+    toy(tmp_path)
+
+
 def test_toy_replaces_its_own(tmp_path):
     toy(tmp_path)
     toy(tmp_path, "--seed", 1)
