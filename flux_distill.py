@@ -1330,7 +1330,7 @@ def device_errors(args: Namespace, adapter: Adapter, pair: tuple) -> dict[str, f
     x_t = sc.interpolate(x_0, noise, t)
     cond = read(args, "text", [text])
     cond["guidance"] = torch.full((1,), args.guidance, device=args.device)
-    weights = adapter.switch.weights.float()
+    weights = adapter.switch.weights.float().clone()
     B = weights[adapter.switch.first_B :]
     B += 0.01 * torch.randn(B.shape, generator=generator).to(B)
     size = tuple(latent.shape[:2])
