@@ -4,6 +4,7 @@ Without --gpu they see no GPU, so that they give the same result everywhere.
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -34,6 +35,10 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU; runs with --gpu, which runs nothing else")
     if not config.getoption("--gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before any test imports torch
+    # Tests send themselves signals, which nohup and a shell's & let their commands ignore.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in ("SIGTERM", "SIGHUP"):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
     import torch
 
     torch.set_num_threads(1)  # tests are small: threads would wait for each other on a busy machine
