@@ -1656,10 +1656,10 @@ def calibrate(args: Namespace) -> None:
 
 def no_scale(steps: list[int]) -> str:
     """Says for which numbers of steps the adapter has no scale to recommend."""
-    counts = " or ".join(map(str, steps))
+    *others, last = map(str, steps)
+    counts = f"{', '.join(others)} or {last}" if others else last
     return (f"For {counts} steps no scale from {SCALES[0]:g} to {SCALES[1]:g} was best: 1 stands"
-            " in its place and is no recommendation. Train longer, or shorter if the student"
-            " overshot")  # fmt: skip
+            " in its place and is no recommendation")  # fmt: skip
 
 
 def read_adapter(args: Namespace) -> dict:
@@ -1681,7 +1681,8 @@ def follow_adapter(args: Namespace) -> None:
         die(f"--student-steps {args.student_steps}: the adapter in --out {args.out} has scales for"
             f" {', '.join(steps)} or {last} steps, give one of these")  # fmt: skip
     if args.student_steps in adapter["uncalibrated"]:
-        tqdm.write(no_scale([args.student_steps]), file=sys.stderr)
+        words = f"{no_scale([args.student_steps])}: give another --student-steps"
+        tqdm.write(words, file=sys.stderr)
 
 
 def load_student(args: Namespace) -> tuple[FluxPipeline, dict]:
