@@ -397,6 +397,10 @@ def remove_parts(out: Path) -> None:
         for path in folder.glob(".*"):
             if re.fullmatch(r"\.part-\d+-.+|\.tmp[0-9A-Za-z]{6}", path.name):
                 path.unlink(missing_ok=True)
+    for path in (out / "samples").glob(".part-*"):  # --sample takes no lock: one may be at work
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > 3600:
+                path.unlink()
 
 
 def file_print(path: Path) -> list:

@@ -547,3 +547,13 @@ def test_the_toy_says_at_the_start_that_it_may_not_write(public, capsys):
     with unprivileged(), pytest.raises(SystemExit):
         toy(public / "out")
     assert "out: Permission denied: give another --out" in capsys.readouterr().err
+
+
+def test_what_a_killed_sample_left_is_removed_when_no_other_can_be_at_work(tmp_path):
+    (tmp_path / "samples").mkdir()
+    old, young = (tmp_path / "samples" / f".part-0-{name}.png" for name in ("old", "young"))
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    fd.remove_parts(tmp_path)
+    assert not old.exists() and young.exists()
