@@ -172,9 +172,15 @@ def refuse_useless(parser: ArgumentParser, args: Namespace) -> None:
                      f" {args.iterations}: give a smaller --validate-every")  # fmt: skip
 
 
+def stop_before_main(*_):
+    os.write(2, b"\nflux_distill.py: stopped before anything was begun\n")
+    os._exit(1)
+
+
 if __name__ == "__main__":
     parse(None)  # --help and wrong flags are answered before the imports below take their seconds
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # nothing has been begun; until main()
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as for a command that ends in &
+        signal.signal(signal.SIGINT, stop_before_main)
 
 import numpy as np
 import torch
@@ -459,9 +465,9 @@ class Costs:
             write_text(self.path, json.dumps(self.phases, indent=1) + "\n")
 
 
-def machine(args: Namespace) -> dict[str, str]:
-    """What a run ran on."""
-    name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+def machine(device: str) -> dict[str, str]:
+    """What a run on "cuda" or "cpu" runs on."""
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     packages = ("torch", "diffusers", "transformers")
     return {"device": name} | {package: version(package) for package in packages}
 
@@ -683,7 +689,8 @@ class LoRALinear(torch.nn.Module):
             return self.base(x)
         rows = x.reshape(-1, x.shape[-1])
         y = self.base(rows)
-        # In place: no gradient needs the base's output. As a matrix, for in place on a view copies.
+        # Added in place: no gradient needs the base's output. It must not be a view, of which
+        # autograd would make a copy; so the rows are made a matrix before, not after.
         y.addmm_(rows @ self.A.T, self.B.T)
         return y.reshape(*x.shape[:-1], -1)
 
@@ -733,22 +740,20 @@ class Adapter:
         self.net.requires_grad_(False)
         self.net.pos_embed = RotaryCache(self.net.pos_embed)
         bases = {name: self.net.get_submodule(name) for name in targets(args, self.net)}
-        shapes_of_A = [(args.rank, base.in_features) for base in bases.values()]
-        shapes_of_B = [(base.out_features, args.rank) for base in bases.values()]
+        shapes = [(args.rank, base.in_features) for base in bases.values()]
+        shapes += [(base.out_features, args.rank) for base in bases.values()]
         parts = []
-        for name, shape in zip(bases, shapes_of_A):
+        for name, shape in zip(bases, shapes):
             A = torch.randn(shape, generator=keyed(args.seed, "A", name)) / args.rank
             parts.append(A.flatten())
-        parts += [torch.zeros(math.prod(shape)) for shape in shapes_of_B]
-        # All layers' weights are views of one vector.
+        first_B = sum(map(len, parts))
+        parts += [torch.zeros(math.prod(shape)) for shape in shapes[len(bases) :]]
         weights = torch.cat(parts).to(self.net.device, self.net.dtype)
-        first_B = sum(map(math.prod, shapes_of_A))
         switch = Namespace(on=False, weights=weights, first_B=first_B)
-        views = weights.split([len(part) for part in parts])
-        views_of_A, views_of_B = views[: len(bases)], views[len(bases) :]
-        for i, (name, base) in enumerate(bases.items()):
-            A = views_of_A[i].view(shapes_of_A[i])
-            B = views_of_B[i].view(shapes_of_B[i])
+        # All layers' weights are views of that one vector.
+        sizes = [len(part) for part in parts]
+        views = [view.view(shape) for view, shape in zip(weights.split(sizes), shapes)]
+        for (name, base), A, B in zip(bases.items(), views, views[len(bases) :]):
             self.net.set_submodule(name, LoRALinear(base, A, B, switch))
 
     def recompute(self, every: int) -> None:
@@ -1194,9 +1199,10 @@ class Validation:
         teacher = adapter.velocity(None, args.size)
         self.teachers = {n: remember(teacher) for n in args.steps}  # a memory for each grid
         began = time.perf_counter()
-        self.fine, self.coarse = (self.end(None, n).cpu() for n in (FINE, args.student_steps))
+        self.fine = self.end(None, FINE)
+        self.coarse = self.end(None, args.student_steps)
+        self.coarse.sum().item()  # waits for a GPU
         self.seconds = (time.perf_counter() - began) / (FINE + args.student_steps)  # of a call
-        self.fine, self.coarse = self.fine.to(args.device), self.coarse.to(args.device)
 
     def end(self, weights: Tensor | None, steps: int, scale: float = 1.0) -> Tensor:
         self.adapter.use(weights, scale)
@@ -1386,8 +1392,7 @@ def train(args: Namespace) -> None:
     """Phase 2: the velocities meet here, as in toy_2d.py, over one frozen transformer."""
     adapter, config, N, rows = Adapter(args), args.config, args.student_steps, []
     decays = {"slow": config.slow_decay} | ({"fast": config.fast_decay} if args.paper else {})
-    sets = {name: adapter.switch.weights.float() for name in ("student", *decays)}
-    sets = {name: weights.clone() for name, weights in sets.items()}
+    sets = {name: adapter.switch.weights.float().clone() for name in ("student", *decays)}
     student = sets["student"]
     optimizer = torch.optim.AdamW([student], args.learning_rate, weight_decay=1e-4)
     if args.state.exists():
@@ -1449,7 +1454,7 @@ def train(args: Namespace) -> None:
                 ends += torch.tensor(validate(iteration, bar), device=args.device)
         add_up(args, ends)
         done, lost = map(bool, ends.tolist())
-        if lost:  # not saved: the same command comes to the same end
+        if lost:  # the same command begins with this validation, and comes to the same end
             words = verdict(args, rows[-1]) if args.lead else f"diverged student; {LOWER}"
             die(f"stopped at iteration {iteration}: {words}")
         if args.lead:
@@ -2070,7 +2075,7 @@ def distil(args: Namespace) -> dict:
                 calibrate(args)
         with args.costs.phase("compare"):
             results = compare(args)
-        results |= {"phases": args.costs.phases, "machine": machine(args)}
+        results |= {"phases": args.costs.phases, "machine": machine(args.device)}
         write_text(args.out / "README.md", card(args, results))
         write_text(file, json.dumps(results, indent=1) + "\n")
     if args.lead:

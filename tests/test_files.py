@@ -557,3 +557,21 @@ def test_what_a_killed_sample_left_is_removed_when_no_other_can_be_at_work(tmp_p
     os.utime(old, (time.time() - 7200,) * 2)
     fd.remove_parts(tmp_path)
     assert not old.exists() and young.exists()
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_stop_during_the_imports_is_one_sentence_unless_it_is_ignored(tmp_path, ignored):
+    """A shell's & lets a command ignore SIGINT; then the run begins, here without a model."""
+    command = [sys.executable, fd.__file__, "--model", "no/such/folder", "--out", tmp_path]
+    handler = signal.SIG_IGN if ignored else signal.default_int_handler
+    before = signal.signal(signal.SIGINT, handler)  # what a child ignores it has from its parent
+    try:
+        child = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    time.sleep(1)
+    child.send_signal(signal.SIGINT)
+    said = child.communicate()[1]
+    assert child.returncode == 1 and "Traceback" not in said
+    assert ("stopped before anything was begun" in said) != ignored
+    assert ("no folder here" in said) == ignored

@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack, suppress
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
@@ -268,9 +267,9 @@ def main() -> None:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row)[:600], flush=True)
         return None
-    name = torch.cuda.get_device_name() if on_gpu else "CPU"
-    packages = ("torch", "diffusers", "transformers")
-    results = {"machine": {"device": name} | {package: version(package) for package in packages}}
+    import flux_distill as fd
+
+    results = {"machine": fd.machine("cuda" if on_gpu else "cpu")}
     for part in args.parts:
         began = time.perf_counter()
         results[part] = run_part(part, on_gpu, LIMITS[part] if on_gpu else None)
