@@ -1,290 +1,444 @@
 """Shortcutting flow matching (SCFM, arXiv 2510.17858): few-step samplers by self-distillation.
 
-Conventions (the field is split on both signs, so read this first):
-    time       t = 1 is noise, t = 0 is data, as in Flux and Stable Diffusion 3
-    state      x_t = (1 - t) x_0 + t noise
-    velocity   v(x_t, t) estimates noise - x_0; an Euler step from t to t' is x_t - (t - t') v
-    grid time  u in [0, 1] is uniform; the shift s maps it to t = s u / (1 + (s - 1) u)
+A pre-trained flow-matching model needs some 30 small steps to turn noise into data. SCFM fine-tunes
+it until one large step goes where two smaller ones went, the smaller ones being its own.
+
+Conventions (the field is split on both signs, so read this first)
+    time        t = 1 is noise, t = 0 is data, as in Flux and Stable Diffusion 3
+    state       x_t = (1 - t) x_0 + t noise
+    velocity    v(x_t, t) estimates noise - x_0; an Euler step from t to t' < t is x_t - (t - t') v
+    grid time   u in [0, 1] is uniform; the shift s maps it to t = s u / (1 + (s - 1) u)
 
 A velocity is any callable v(x, t, **cond) that returns a tensor like x, with x (B, ...), t (B,) and
 every conditioning tensor batched on dim 0. It is given x and t in float32 (float64 if the data is)
-and casts them to what its network wants: bfloat16 rounds t by up to 0.002, and a step of the
+and casts them to what its network needs: bfloat16 rounds t by up to 0.002, and a step of the
 paper's grid is as short as 0.007.
 
-A window is two Euler steps, t -> t_mid -> t_end. The student at t is regressed on the one velocity
-that does both. In teacher rows of a batch the first velocity is a frozen teacher's, in self rows
-both are moving averages of the student. Fusion is training from scratch: data replace the teacher.
+Symbols
+    paper       here             meaning
+    theta       student          the network that is trained
+    theta*      teacher          the pre-trained network, frozen; the student starts as its copy
+    theta_fast  fast             exponential moving average (EMA) of the student, decay 0.99
+    theta_slow  slow             EMA of the student, decay 0.999
+    n           grid_steps       steps of the teacher's own sampler, 32
+    s           shift            time shift, drawn for every row of a batch
+    k / N       teacher_ratio    fraction of a batch whose first step is the teacher's, 0.4
+In this file N is always the number of steps that the student will sample with.
 
-The student then looks ahead: it is an average of the teacher's velocity over what is to come, and
-its look-ahead is the mean distance in t. Matched windows, which are ours, make it what a sampler of
-N steps wants.
+One training step, given x_0, noise (B, ...) and conditions
+    windows = sample_windows(config, batch=len(x_0))                # times t > t_mid > t_end
+    first, second = dual(windows, teacher, fast, slow)              # Algorithm 2
+    loss, log = shortcut_loss(windows, x_0, noise, student, first, second, **cond)
+    ...                                                             # backward and optimizer step
+    update_ema(fast_weights, student_weights, config.fast_decay)
+    update_ema(slow_weights, student_weights, config.slow_decay)
 
-Equation and algorithm numbers are the paper's. (A) and (B) are ours: README.md derives them.
+Sections 1 to 4 are the paper, with its equation and algorithm numbers. Section 5 is ours: what the
+student learns, and windows for a student of N steps. Its equations are (A) to (C).
 """
 
-import math
-from collections import namedtuple
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Velocity = Callable[..., Tensor]
 
-# ------------------------------------------------------------------------------ time and sampling
+# -------------------------------------------------------------------------- 1. time and sampling
 
 
 def shift_time(u: Tensor, shift: float | Tensor) -> Tensor:
-    """Grid time u -> t = s u / (1 + (s - 1) u) (Eq. 17); shapes broadcast, s = 1: t = u."""
-    _require((low := float(torch.as_tensor(shift).min())) > 0, f"shift={low} must be > 0")
-    return u / (u + (1 - u) / shift)  # Eq. 17 over s; rounding cannot carry it past 1
+    """Grid time u to t = s u / (1 + (s - 1) u) (Eq. 17); shapes broadcast. Its inverse: 1 / s."""
+    lowest = float(torch.as_tensor(shift).min())
+    _require(lowest > 0, f"shift={lowest} must be > 0")
+    return u / (u + (1 - u) / shift)  # Eq. 17 divided by s: rounding can't carry t past 1
 
 
 def time_grid(steps: int, shift: float = 1.0) -> Tensor:
     """Times (steps + 1,) of a sampler, float32, from 1 (noise) down to 0 (data)."""
     _require(steps >= 1, f"steps={steps} must be >= 1")
-    return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
+    u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    return shift_time(u, shift).float()
 
 
 def interpolate(x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """State x_t = (1 - t) x_0 + t noise, for x_0 and noise (B, ...) and t (B,)."""
     t = _per_row(t, x_0)
-    return (1 - t) * _wide(x_0) + t * _wide(noise)  # the state x_t
+    return (1 - t) * _wide(x_0) + t * _wide(noise)
 
 
 @torch.no_grad()
 def euler_sample(velocity: Velocity, x: Tensor, times: Tensor, **cond: Tensor) -> Tensor:
-    """Carry x (B, ...) from times[0] to times[-1], one network call a step; the last x."""
+    """Carry x (B, ...) from times[0] to times[-1], one network call a step; returns the last x."""
     x = _wide(x)
     for t, t_next in pairwise(times):
         x = x - (t - t_next) * velocity(x, t.to(x).expand(len(x)), **cond)
     return x
 
 
-# ----------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------------------- 2. settings and windows
 
 
 @dataclass(frozen=True)
 class ShortcutConfig:
-    """What a student is trained on. The defaults are the paper's; `for_steps(N)` is for N steps.
+    """The paper's settings. One out of range raises ValueError with its value and the range."""
 
-    A setting out of range raises ValueError with its value and the range.
-    """
-
-    grid_steps: int = 32  # n, the teacher's own steps; the paper's windows lie on its grid
-    teacher_ratio: float | None = 0.4  # rho, share of teacher rows; matched: None, all are
-    strides: tuple[int, ...] = (2, 4, 8)  # half the window of a self row, in grid steps
-    shift_range: tuple[float, float] = (2.5, 4.5)  # s ~ U[low, high] (Eq. 17), drawn per row
-    dual: bool = True  # Algorithm 2; False: vanilla, Algorithm 1; matched: True
-    student_steps: int | None = None  # N of the matched windows; None: the paper's windows
-    fast_decay: float = 0.99  # of the moving average theta_fast, per optimizer step
+    grid_steps: int = 32  # n: windows lie on the grid of the teacher's own sampler
+    teacher_ratio: float = 0.4  # rho = k / N: expected fraction of teacher rows
+    strides: tuple[int, ...] = (2, 4, 8)  # half the length of a self row's window, in grid steps
+    shift_range: tuple[float, float] = (2.5, 4.5)  # s ~ U[low, high], drawn per row
+    fast_decay: float = 0.99  # of theta_fast, per optimizer step
     slow_decay: float = 0.999  # of theta_slow
 
     def __post_init__(self):
-        # A list will do as well; tuples can be hashed.
-        vars(self).update(strides=tuple(self.strides), shift_range=tuple(self.shift_range))
-        half, rho, N = self.grid_steps / 2, self.teacher_ratio, self.student_steps
-        (low, high), decays = self.shift_range, (self.fast_decay, self.slow_decay)
-        _require(0 < low <= high < float("inf"), f"shift_range=({low}, {high}) must ascend, > 0")
-        _require(all(0 <= d < 1 for d in decays), f"EMA decays {decays} must lie in [0, 1)")
-        if N is None:
-            _require(rho is not None and 0 <= rho <= 1, f"teacher_ratio={rho} must lie in [0, 1]")
-            fit = all(1 <= d <= half and d % 1 == 0 for d in self.strides or [0])
-            _require(fit, f"strides={self.strides} must be integers in [1, grid_steps/2={half:g}]")
-        else:
-            _require(1 <= N <= half, f"student_steps={N} must lie in [1, grid_steps/2 = {half:g}]")
-            _require(rho is None, f"teacher_ratio={rho} must be None where student_steps={N}")
-            _require(self.dual, f"dual={self.dual} must be True where student_steps={N}")
-
-    @classmethod
-    def for_steps(cls, student_steps: int, shift: float | None = None, **settings):
-        """Matched windows: the student looks ahead as far as an N-step Euler sampler wants.
-
-        shift: train for and sample at this one. None: train on shift_range; it then suits a sampler
-        at the middle of that.
-        """
-        fixed = {} if shift is None else {"shift_range": (shift, shift)}
-        return cls(student_steps=student_steps, **{"teacher_ratio": None, **settings}, **fixed)
-
-    @property
-    def lookahead(self) -> float:
-        """Look-ahead L in grid time at shift 1, far from both ends; it suits 1/(2L) steps.
-
-        (B) with a teacher, dual or vanilla; matched: the wanted 1/(2N).
-        """
-        if self.student_steps:
-            return 1 / (2 * self.student_steps)
-        if not (rho := self.teacher_ratio):
-            return float("inf")
-        mean_d = sum(self.strides) / len(self.strides) / self.grid_steps
-        dual = 1 / self.grid_steps + (1 - rho) / rho * mean_d  # (B)
-        return dual if self.dual else dual / 2
+        longest = self.grid_steps // 2
+        strides_fit = all(d in range(1, longest + 1) for d in self.strides)
+        _require(
+            len(self.strides) > 0 and strides_fit,
+            f"strides={self.strides} must be integers in [1, grid_steps / 2 = {longest}]",
+        )
+        rho = self.teacher_ratio
+        _require(0 <= rho <= 1, f"teacher_ratio={rho} must lie in [0, 1]")
+        _check_shift_range(self.shift_range)
+        _check_decay(self.fast_decay)
+        _check_decay(self.slow_decay)
 
 
-# ------------------------------------------------------------------------------------------ windows
+class Windows(NamedTuple):
+    """Two Euler steps for each row of a batch, from t over t_mid to t_end."""
 
-
-# Times t > t_mid >= t_end, each (B,). The first `teacher_rows` (an int) rows are the teacher's.
-# Only as the end of a matched window can a time be below 0.
-Windows = namedtuple("Windows", "t t_mid t_end teacher_rows")
-
-
-def matched_end(config: ShortcutConfig, t: Tensor, t_mid: Tensor) -> Tensor:
-    """End (B,) of a window from t over t_mid (B,) that teaches the wanted look-ahead L*.
-
-    The target is w v_teacher(t) + (1 - w) v(t_mid), w = (t - t_mid) / (t - t_end). The first looks
-    ahead by 0, the second by L(t_mid) + t - t_mid. So, at times of any shift, the student does by
-        L(t) = (1 - w) (L(t_mid) + t - t_mid)                                                    (A)
-    Near the data the end is below 0, by a step at most: it is a weight, no network sees it.
-    """
-    shift = sum(config.shift_range) / 2
-
-    def wanted(t):  # L*(t), half of the N-step sampler's coming step
-        u = shift_time(t, 1 / shift) - 1 / config.student_steps
-        return (t - shift_time(u.clamp(min=0), shift)) / 2
-
-    w = 1 - wanted(t) / (wanted(t_mid) + t - t_mid)  # (A) solved for w at L = L*
-    return t - (t - t_mid) / w
+    t: Tensor  # (B,), in (0, 1]
+    t_mid: Tensor  # (B,), in [0, t)
+    t_end: Tensor  # (B,), at most t_mid; no network is called there
+    teacher_rows: int  # the first so many rows are teacher rows, the others self rows
+    kind: str  # what they were drawn for: "distil", "fuse", "matched" or "matched fuse"
 
 
 def sample_windows(
-    config: ShortcutConfig, batch: int, fusion=False, U: float | None = None, generator=None
+    config: ShortcutConfig,
+    batch: int,
+    fuse: bool = False,
+    U: float | None = None,
+    generator: torch.Generator | None = None,
 ) -> Windows:
-    """Random windows, of Algorithms 1 and 2 or matched; `fusion`: for a loss without a teacher.
+    """Random windows of Algorithms 1 and 2; `fuse`: for training from scratch (`fusion`).
 
-    Self rows have a stride out of `strides`, teacher rows one grid step; starts are uniform over
-    the grid points from which both steps fit, each row has a shift of its own. The first
-    k = floor(rho B + U) rows are the teacher's: exact in expectation for every B. On several
-    processes pass the same U, uniform in [0, 1), so that all make equally many network calls.
-    Fusion: teacher rows start anywhere in (0, 1]. Matched: all rows are teacher rows and start so,
-    the first step is cut at 0 and the end is `matched_end`.
-    The windows are on the generator's device.
+    Both steps span `stride` grid steps: 1 in teacher rows, one of `strides` in self rows. The start
+    is uniform over all grid points from which both steps fit. Fusion needs no grid in teacher rows:
+    they start anywhere in (0, 1].
+
+    The first k = floor(rho B + U) rows are the teacher's, which on average is exact for every B. On
+    several processes pass the same U, uniform in [0, 1), so that all make equally many network
+    calls. The windows are on the generator's device.
     """
-    n, matched, (low, high) = config.grid_steps, config.student_steps, config.shift_range
+    n = config.grid_steps
     rand = partial(torch.rand, generator=generator, device=generator and generator.device)
     U = rand(1).item() if U is None else U
-    k = batch if matched else int(config.teacher_ratio * batch + U)
-    choice = (rand(batch) * len(config.strides)).long()
-    stride = torch.tensor(config.strides).to(choice)[choice]
+    k = int(config.teacher_ratio * batch + U)
+
+    strides = torch.tensor(config.strides)
+    choice = (rand(batch) * len(strides)).long()
+    stride = strides.to(choice.device)[choice]
     stride[:k] = 1
-    lowest = 2 * stride  # from here a window fits
+
+    lowest = 2 * stride  # the first grid point from which a window fits
     start = lowest + (rand(batch) * (n + 1 - lowest)).floor()
-    if matched or fusion:
-        start[:k] = n * (1 - rand(k))  # neither needs the grid: u ~ U(0, 1]
-    u = [(start - j * stride).clamp(min=0) / n for j in (0, 1, 2)]
+    if fuse:
+        start[:k] = n * (1 - rand(k))
+
+    low, high = config.shift_range
     shift = low + (high - low) * rand(batch)
-    t, t_mid, t_end = (shift_time(x, shift) for x in u)
-    return Windows(t, t_mid, matched_end(config, t, t_mid) if matched else t_end, k)
+    t = shift_time(start / n, shift)
+    t_mid = shift_time((start - stride).clamp(min=0) / n, shift)
+    t_end = shift_time((start - 2 * stride).clamp(min=0) / n, shift)
+    return Windows(t, t_mid, t_end, k, "fuse" if fuse else "distil")
 
 
-# -------------------------------------------------------------------------------- target, loss, EMA
+# --------------------------------------------------------------------------- 3. target and loss
+
+
+def by_rows(k: int, head: Velocity, tail: Velocity) -> Velocity:
+    """The velocity that is `head` on the first k rows and `tail` on the others."""
+
+    def velocity(x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+        if k == 0:
+            return tail(x, t, **cond)
+        if k == len(x):
+            return head(x, t, **cond)
+        of_head = {name: value[:k] for name, value in cond.items()}
+        of_tail = {name: value[k:] for name, value in cond.items()}
+        return torch.cat([head(x[:k], t[:k], **of_head), tail(x[k:], t[k:], **of_tail)])
+
+    return velocity
+
+
+def dual(windows: Windows, teacher: Velocity, fast: Velocity, slow: Velocity):
+    """First and second velocity of Algorithm 2, the paper's final version."""
+    _require_kind(windows, "distil")
+    first = by_rows(windows.teacher_rows, teacher, fast)
+    return first, slow
+
+
+def vanilla(windows: Windows, teacher: Velocity, slow: Velocity):
+    """First and second velocity of Algorithm 1."""
+    _require_kind(windows, "distil")
+    both = by_rows(windows.teacher_rows, teacher, slow)
+    return both, both
+
+
+def fusion(windows: Windows, x_0: Tensor, noise: Tensor, ema: Velocity):
+    """First and second velocity of training from scratch: data stand in for the teacher.
+
+    The target of teacher rows is that of plain flow matching, noise - x_0.
+    """
+    _require_kind(windows, "fuse")
+    both = by_rows(windows.teacher_rows, _data_velocity(x_0, noise), ema)
+    return both, both
 
 
 @torch.no_grad()
-def shortcut_target(first: Velocity, second: Velocity, x_t: Tensor, windows: Windows, **cond):
-    """The velocity (B, ...) that does in one step what two steps do (Eq. 11-12), without gradient.
+def shortcut_target(
+    windows: Windows, x_t: Tensor, first: Velocity, second: Velocity, **cond: Tensor
+) -> Tensor:
+    """The velocity (B, ...) that does in one step what two steps do (Eq. 11-12), no gradient.
 
-    Displacement over elapsed time: (v_1 + v_2) / 2 would be wrong for steps of unequal length.
+    It is displacement over elapsed time: (v_1 + v_2) / 2 would be wrong where the shift has made
+    the two steps unequally long.
     """
     t, t_mid, t_end = (_per_row(time, x_t) for time in windows[:3])
     v_1 = first(x_t, windows.t.to(x_t), **cond)
     x_mid = x_t - (t - t_mid) * v_1
     v_2 = second(x_mid, windows.t_mid.to(x_t), **cond)
-    _require(v_1.shape == v_2.shape == x_t.shape, f"{v_1.shape}, {v_2.shape} must be like x_t")
     x_end = x_mid - (t_mid - t_end) * v_2
-    return (x_t - x_end) / (t - t_end)  # Eq. 11-12
+    _require(v_1.shape == v_2.shape == x_t.shape, f"{v_1.shape}, {v_2.shape} must be like x_t")
+    return (x_t - x_end) / (t - t_end)
 
 
 def shortcut_loss(
-    config: ShortcutConfig, windows: Windows, x_0: Tensor, noise: Tensor, *, student: Velocity,
-    fast: Velocity | None = None, slow: Velocity | None = None, teacher: Velocity | None = None,
+    windows: Windows,
+    x_0: Tensor,
+    noise: Tensor,
+    student: Velocity,
+    first: Velocity,
+    second: Velocity,
     **cond: Tensor,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Loss (Eq. 13) of data x_0 and noise (B, ...), and scalars to log. fast, slow: the EMAs.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean squared error of the student to the target (Eq. 13), and scalars to log.
 
-                            teacher rows         self rows
-        dual                teacher, slow        fast, slow    first, second velocity (Algorithm 2)
-        vanilla             teacher, teacher     slow, slow    (Algorithm 1)
-        fusion              noise - x_0, twice   fast, fast    no teacher: training from scratch
-        matched             teacher, slow        none
-        matched fusion      noise - x_0, fast    none          (A) to first order in a grid step
-
-    The student comes last, so that all four may be one network whose weights are swapped. Log:
-    teacher_loss and self_loss (nan without such rows), residual = |v_student - target| / |target|.
+    x_0 and noise are (B, ...). The student is called last, so that all velocities may be one
+    network whose weights are swapped. Log: teacher_loss and self_loss, the loss of those rows
+    alone (nan without such rows), and residual = |v_student - target| / |target|.
     """
     _require(noise.shape == x_0.shape, f"noise {[*noise.shape]} must be like x_0 {[*x_0.shape]}")
     for name, value in {"windows": windows.t, **cond}.items():
         _require(len(value) == len(x_0), f"{name} has {len(value)} rows, must have {len(x_0)}")
-    _require(teacher is None or slow is not None, "slow=None must be given where a teacher is")
-    unused = teacher is not None and (config.student_steps or not config.dual)
-    _require(fast is not None or unused, "fast=None must be given: dual and fusion need it")
-    k, x_t = windows.teacher_rows, interpolate(x_0, noise, windows.t)
-    if teacher is None:
-        first = partial(_split, k, lambda *_, **__: (_wide(noise) - _wide(x_0))[:k], fast)
-        second = fast if config.student_steps else first
-    elif config.dual:
-        first, second = partial(_split, k, teacher, fast), slow
-    else:
-        first = second = partial(_split, k, teacher, slow)
-    target = shortcut_target(first, second, x_t, windows, **cond)
+    x_t = interpolate(x_0, noise, windows.t)
+    target = shortcut_target(windows, x_t, first, second, **cond)
     v = student(x_t, windows.t.to(x_t), **cond)
     _require(v.shape == x_t.shape, f"student's velocity {[*v.shape]} must be like x_0")
-    loss = (error := (v - target).square()).mean()  # Eq. 13
-    error = error.detach()
-    log = {"teacher_loss": error[:k].mean(), "self_loss": error[k:].mean()}
-    return loss, {**log, "residual": (error.sum() / target.square().sum()).sqrt()}
+    error = (v - target).square()
+    loss = error.mean()  # Eq. 13
+
+    error, k = error.detach(), windows.teacher_rows
+    log = {
+        "teacher_loss": error[:k].mean(),
+        "self_loss": error[k:].mean(),
+        "residual": (error.sum() / target.square().sum()).sqrt(),
+    }
+    return loss, log
+
+
+# ----------------------------------------------------------------------------------------- 4. EMA
 
 
 @torch.no_grad()
-def update_ema(ema: Iterable, weights: Iterable, decay: float, iteration: float = math.inf) -> None:
+def update_ema(ema: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -> None:
     """ema <- decay ema + (1 - decay) weights (Eq. 14-16), in place, once per optimizer step.
 
-    iteration: how many optimizer steps there were, from 1 on. The average then remembers a quarter
-    of them at most: its decay is at most i / (i + 4). Without it the memory is constant, as in the
-    paper.
-    The averages must be float32 or float64: in bfloat16 a step of 1 - 0.999 rounds to nothing.
+    An EMA must be float32 or float64: in bfloat16 a change by 1 - 0.999 of it rounds to nothing.
     """
-    decay = min(decay, 1 - 4 / (iteration + 4))  # i / (i + 4), and 1 for infinity
-    ema, wide = list(ema), {torch.float32, torch.float64}
-    _require(not (bad := {e.dtype for e in ema} - wide), f"EMA in {bad} must be float32, float64")
-    # Eq. 14-16
-    torch._foreach_lerp_(ema, [w.to(e) for e, w in zip(ema, weights, strict=True)], 1 - decay)
+    ema = list(ema)
+    for average in ema:
+        wide = average.dtype in (torch.float32, torch.float64)
+        _require(wide, f"EMA in {average.dtype} must be float32 or float64")
+    weights = [w.to(average) for average, w in zip(ema, weights, strict=True)]
+    torch._foreach_lerp_(ema, weights, 1 - decay)  # Eq. 14-16
 
 
-# ------------------------------------------------------------------------------- scale of a student
+# ---------------------------------------------------------- 5. beyond the paper: matched windows
+#
+# Without a step size among its inputs the student can't be right for every window that starts at t.
+# It learns an average of the teacher's velocity over what is to come. The mean distance in t at
+# which it looks, its *look-ahead* L(t), decides how well it samples: an Euler step wants the mean
+# velocity over the step, and thus a look-ahead of half the step.
+#
+# The first velocity of a window has the look-ahead L_1 and the weight w = (t - t_mid) / (t - t_end)
+# in the target. The second, an EMA of the student, looks ahead from t_mid. At the fixed point
+#
+#     L(t) = w L_1 + (1 - w) [t - t_mid + L(t_mid)]                                             (A)
+#
+# In the paper's teacher rows L_1 = 0. The teacher looks nowhere but at t.
+
+
+def paper_lookahead(config: ShortcutConfig, both_from_slow: bool = False) -> float:
+    """Look-ahead of the paper's windows in grid time, at shift 1 and far from both ends.
+
+    It suits a sampler of 1 / (2 L) steps. With d the stride over n,
+        L = 1 / n + (1 - rho) / rho E[d]                                                         (B)
+    for `dual` and half of that for `vanilla` (both_from_slow).
+    """
+    rho = config.teacher_ratio
+    if rho == 0:
+        return float("inf")
+    mean_d = sum(config.strides) / len(config.strides) / config.grid_steps
+    lookahead = 1 / config.grid_steps + (1 - rho) / rho * mean_d  # (B)
+    return lookahead / 2 if both_from_slow else lookahead
+
+
+@dataclass(frozen=True)
+class MatchedConfig:
+    """Windows that teach the look-ahead which an Euler sampler of N steps requires."""
+
+    steps: int = 3  # N
+    shift_range: tuple[float, float] = (2.5, 4.5)  # s ~ U[low, high] of training, drawn per row
+    slow_decay: float = 0.999  # of theta_slow, per optimizer step
+    teacher_part: float = 3 / 8  # of the sampler's step, covered by the teacher
+
+    def __post_init__(self):
+        _require(self.steps >= 1, f"steps={self.steps} must be >= 1")
+        part = self.teacher_part
+        _require(0 < part <= 1, f"teacher_part={part} must lie in (0, 1]")
+        _check_shift_range(self.shift_range)
+        _check_decay(self.slow_decay)
+
+    @property
+    def shift(self) -> float:
+        """Shift of the sampler that the windows are matched to: the middle of shift_range."""
+        return sum(self.shift_range) / 2
+
+    def after(self, t: Tensor, step: float) -> Tensor:
+        """The time that lies `step` sampling steps after t, at least 0."""
+        u = shift_time(t, 1 / self.shift) - step / self.steps
+        return shift_time(u.clamp(min=0), self.shift)
+
+    def lookahead(self, t: Tensor) -> Tensor:
+        """Required look-ahead L*(t): half of the sampler's next step from t."""
+        return (t - self.after(t, 1)) / 2
+
+
+def matched_windows(
+    config: MatchedConfig,
+    batch: int,
+    fuse: bool = False,
+    generator: torch.Generator | None = None,
+) -> Windows:
+    """Random windows whose fixed point has L(t) = L*(t); `fuse`: for `matched_fusion`.
+
+    t is uniform in grid time, with a shift for each row; all else follows from t. t_mid lies
+    `teacher_part` of a sampling step after t. The first velocity is the teacher's, by one midpoint
+    step (`matched`), so that L_1 = (t - t_mid) / 2. (A) solved for w at L = L* gives
+        w = [t - t_mid + L*(t_mid) - L*(t)] / [t - t_mid + L*(t_mid) - L_1]                      (C)
+    and t_end = t - (t - t_mid) / w. Up to rounding t_mid >= t_end >= 0, since L*(t) - L*(t_mid) is
+    at most (t - t_mid) / 2. For teacher_part = 1 the target is the teacher's mean velocity over the
+    step. The smaller it is, the more the student learns from its own EMA.
+
+    Fusion: the first velocity is noise - x_0. (A) with L_1 = 0 holds for it in the limit of short
+    first steps only, so t_mid lies four times nearer to t. Near the data t_end is below 0, which
+    only gives the second velocity its weight.
+    """
+    rand = partial(torch.rand, generator=generator, device=generator and generator.device)
+    low, high = config.shift_range
+    shift = low + (high - low) * rand(batch)
+    t = shift_time(1 - rand(batch), shift)
+    t_mid = config.after(t, config.teacher_part / 4 if fuse else config.teacher_part)
+    first_lookahead = 0 if fuse else (t - t_mid) / 2
+    second_lookahead = t - t_mid + config.lookahead(t_mid)
+    w = (second_lookahead - config.lookahead(t)) / (second_lookahead - first_lookahead)  # (C)
+    t_end = t - (t - t_mid) / w
+    return Windows(t, t_mid, t_end, batch, "matched fuse" if fuse else "matched")
+
+
+def matched(windows: Windows, teacher: Velocity, slow: Velocity):
+    """First and second velocity of matched windows: the teacher by a midpoint step, then slow."""
+    _require_kind(windows, "matched")
+
+    def first(x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+        t_half = (windows.t + windows.t_mid).to(x_t) / 2
+        x_half = x_t - _per_row(t - t_half, x_t) * teacher(x_t, t, **cond)
+        return teacher(x_half, t_half, **cond)
+
+    return first, slow
+
+
+def matched_fusion(windows: Windows, x_0: Tensor, noise: Tensor, ema: Velocity):
+    """First and second velocity of matched windows in training from scratch."""
+    _require_kind(windows, "matched fuse")
+    return _data_velocity(x_0, noise), ema
+
+
+def warm_up(decay: float, iteration: int) -> float:
+    """Decay of an EMA after the iteration-th optimizer step (1, 2, ...): at most i / (i + 4).
+
+    So the EMA averages over no more than the last quarter of a short run.
+    """
+    return min(decay, iteration / (iteration + 4))
+
+
+class TeacherPath(NamedTuple):
+    """The teacher on its own trajectory, at the start of each of the N steps of a sampler."""
+
+    times: Tensor  # (N + 1,)
+    x: Tensor  # (N, B, ...): states at times[:-1]
+    velocity: Tensor  # (N, B, ...): the teacher's velocity there
+    mean: Tensor  # (N, B, ...): its mean velocity over the step
+
+
+def teacher_path(
+    teacher: Velocity, noise: Tensor, times: Tensor, substeps: int = 16, **cond: Tensor
+) -> TeacherPath:
+    """Follow the teacher from noise (B, ...) at times[0], with Euler substeps in each step."""
+    x = _wide(noise)
+    states, velocities, means = [], [], []
+    for t, t_next in pairwise(times):
+        fine = torch.linspace(t, t_next, substeps + 1)
+        x_next = euler_sample(teacher, x, fine, **cond)
+        with torch.no_grad():
+            velocities.append(_wide(teacher(x, t.to(x).expand(len(x)), **cond)))
+        states.append(x)
+        means.append((x - x_next) / (t - t_next))
+        x = x_next
+    return TeacherPath(times, torch.stack(states), torch.stack(velocities), torch.stack(means))
 
 
 @torch.no_grad()
-def optimal_scale(student: Velocity, teacher: Velocity, noise: Tensor, times: Tensor, **cond):
-    """lam*: the scale for which v_T + lam (v_S - v_T), teacher v_T and student v_S, fits best.
+def optimal_scale(student: Velocity, path: TeacherPath, **cond: Tensor) -> Tensor:
+    """Scale lam of the student's change that fits the teacher's mean velocities best; a scalar.
 
-    It is fitted to v_mean, the teacher's mean velocity over the coming step:
-    lam* = sum <v_S - v_T, v_mean - v_T> / sum |v_S - v_T|^2, over noises and steps.
+    With v_S the student's velocity and v_T the teacher's, v_T + lam (v_S - v_T) is what a LoRA at
+    scale lam computes, to first order. Least squares over the N steps and all rows:
+    lam* = sum <v_S - v_T, mean - v_T> / sum |v_S - v_T|^2.
 
-    A scalar tensor. Least squares over validation noise (B, ...) and a sampler's times (N + 1,), on
-    the teacher's trajectories, 16 Euler steps for each of the N. More than 1: under-trained for N
-    steps; 1: matched; less: overshot; inf: the student equals the teacher.
+    lam* > 1: the student needs more training for N steps. 1: it is matched. < 1: it looks too far
+    ahead. inf: it equals the teacher.
     """
-    x, product, square = _wide(noise), 0.0, 0.0
-    for t, t_next in pairwise(times):
-        x_next = euler_sample(teacher, x, torch.linspace(t, t_next, 17), **cond)
-        v_mean = (x - x_next) / (t - t_next)
-        v_T, v_S = (_wide(v(x, t.to(x).expand(len(x)), **cond)) for v in (teacher, student))
-        product = product + ((v_S - v_T) * (v_mean - v_T)).sum()
+    product, square = 0.0, 0.0
+    for t, x, v_T, mean in zip(path.times, path.x, path.velocity, path.mean):
+        v_S = _wide(student(x, t.to(x).expand(len(x)), **cond))
+        product = product + ((v_S - v_T) * (mean - v_T)).sum()
         square = square + (v_S - v_T).square().sum()
-        x = x_next
     return torch.where(square == 0, float("inf"), product / square)
 
 
-# ---------------------------------------------------------------------------------------- internals
+# --------------------------------------------------------------------------------------- internals
 
 
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
+def _data_velocity(x_0: Tensor, noise: Tensor) -> Velocity:
+    """The velocity noise - x_0 of the first rows, for as many as it is called with."""
+    return lambda x, t, **cond: (_wide(noise) - _wide(x_0))[: len(x)]
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -298,7 +452,20 @@ def _per_row(t: Tensor, x: Tensor) -> Tensor:
     return t.to(_wide(x)).reshape(-1, *[1] * (x.ndim - 1))
 
 
-def _split(k: int, head: Velocity, tail: Velocity, x: Tensor, t: Tensor, /, **cond) -> Tensor:
-    """Velocity `head` on the first k rows and `tail` on the others, one call of each."""
-    parts = [(v, r) for v, r in ((head, slice(k)), (tail, slice(k, None))) if len(t[r])]
-    return torch.cat([v(x[r], t[r], **{n: c[r] for n, c in cond.items()}) for v, r in parts])
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _require_kind(windows: Windows, kind: str) -> None:
+    _require(windows.kind == kind, f"windows of kind '{windows.kind}' must be of kind '{kind}'")
+
+
+def _check_shift_range(shift_range: tuple[float, float]) -> None:
+    low, high = shift_range
+    fits = 0 < low <= high < float("inf")
+    _require(fits, f"shift_range=({low}, {high}) must ascend, > 0")
+
+
+def _check_decay(decay: float) -> None:
+    _require(0 <= decay < 1, f"EMA decay {decay} must lie in [0, 1)")
