@@ -93,9 +93,8 @@ def test_three_euler_steps_are_the_stock_pipelines(setup, size):
     height, width = size
     noise = torch.randn(2, 4, height, width, generator=torch.Generator().manual_seed(0))
     cond = setup.cache.conditions([0, 1], 3.5)
-    pipe = FluxPipeline.from_pretrained(
-        TINY, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None
-    )
+    text_side = dict.fromkeys(setup.model.family.text_side)
+    pipe = FluxPipeline.from_pretrained(TINY, dtype=torch.float32, **text_side)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scale = pipe.vae_scale_factor
