@@ -64,7 +64,7 @@ def rows_of(setup: SimpleNamespace, rows: int) -> tuple[Tensor, Tensor, dict[str
     return x_0, noise, cond
 
 
-# ---------------------------------------------------------------------------- how Flux is called
+# ------------------------------------------------------------------------------- how Flux is called
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 8, 8), (3, 16, 6, 10)])
@@ -121,7 +121,7 @@ def test_three_euler_steps_are_the_stock_pipelines(setup, size):
     assert (stock - noise).abs().mean() > 0.1
 
 
-# ----------------------------------------------------------------- one network, many sets of weights
+# ------------------------------------------------------------- one network, several sets of weights
 
 
 def test_layers_are_those_inside_the_blocks_or_all(setup):
@@ -195,7 +195,7 @@ def test_more_rows_than_a_batch_are_split(setup):
         assert_close(split, stock_velocity(merged(lora, None))(x, t, **cond), rtol=1e-4, atol=1e-5)
 
 
-# ------------------------------------------------------------------------- the loss of one pass
+# ----------------------------------------------------------------------------- the loss of one pass
 
 
 def state_of(setup: SimpleNamespace, lora: fd.LoRA, paper: bool) -> fd.TrainState:

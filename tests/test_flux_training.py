@@ -268,7 +268,7 @@ def test_every_pass_of_every_iteration_draws_again(setup, monkeypatch):
     assert len(seeds) == len(set(seeds)) == 6
 
 
-# --------------------------------------------------------------------------------- stops and resumed
+# ------------------------------------------------------------------------------ stops, resumed runs
 
 
 @pytest.mark.parametrize("moment", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
