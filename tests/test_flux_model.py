@@ -198,9 +198,13 @@ def test_more_rows_than_a_batch_are_split(setup):
 # ----------------------------------------------------------------------------- the loss of one pass
 
 
+def settings_of(setup: SimpleNamespace, paper: bool) -> fd.Settings:
+    return fd.replace(setup.settings, paper=paper, shift_range=(1.0, 3.0))
+
+
 def state_of(setup: SimpleNamespace, lora: fd.LoRA, paper: bool) -> fd.TrainState:
     """A state whose student and EMAs all differ."""
-    state = fd.TrainState(lora.initial_weights(), fd.replace(setup.settings, paper=paper))
+    state = fd.TrainState(lora.initial_weights(), settings_of(setup, paper))
     for weights, drawn in zip(state.weights.values(), weight_sets(lora)):
         weights.copy_(drawn)
     return state
@@ -210,7 +214,7 @@ def our_loss(
     setup: SimpleNamespace, lora: fd.LoRA, state: fd.TrainState, paper: bool
 ) -> tuple[float, Tensor, dict[str, Tensor]]:
     """Loss, gradient and log of one pass of four rows."""
-    config = fd.windows_of(fd.replace(setup.settings, paper=paper))
+    config = fd.windows_of(settings_of(setup, paper))
     x_0, noise, cond = rows_of(setup, 4)
     generator = torch.Generator().manual_seed(7)
     loss, log = fd.loss_of(config, lora, state, x_0, noise, cond, 0.5, generator)
@@ -259,13 +263,12 @@ def test_loss_and_gradient_are_those_of_networks_that_share_nothing(setup, paper
 
     x_0, noise, cond = rows_of(setup, 4)
     generator = torch.Generator().manual_seed(7)
-    shift_range = setup.settings.shift_range
     if paper:
-        config = sc.ShortcutConfig(shift_range=shift_range)
+        config = sc.ShortcutConfig(shift_range=(1.0, 3.0))
         windows = sc.sample_windows(config, 4, U=0.5, generator=generator)
         assert windows.teacher_rows == 2
     else:
-        windows = sc.matched_windows(sc.MatchedConfig(3, shift_range), 4, generator=generator)
+        windows = sc.matched_windows(sc.MatchedConfig(3, (1.0, 3.0)), 4, generator=generator)
     t = windows.t[:, None, None, None]
     x_t = (1 - t) * x_0 + t * noise
     target_of = algorithm_2 if paper else matched_target
