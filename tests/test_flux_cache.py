@@ -5,6 +5,7 @@ from pathlib import Path
 import make_tiny_flux as tiny
 import pytest
 import torch
+from diffusers import FluxPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_runs import content, copied, fd, picture, prepared, run, train
@@ -74,13 +75,15 @@ def test_other_settings_recreate_the_latents_and_keep_the_texts(tmp_path, change
 
 
 def test_a_changed_weight_is_another_file(tmp_path):
+    """Up to 8 MiB every byte counts; in larger files one in each of 16 places."""
     path = tmp_path / "a"
-    path.write_bytes(bytes(3_000_000))
+    size = 2**23
+    path.write_bytes(bytes(size))
     before = fd.fingerprint(path)
-    for place in (0, 1_234_567, 2_999_999):
-        path.write_bytes(bytes(place) + b"x" + bytes(2_999_999 - place))
+    for place in (0, size - 1, *(k * size // 16 + 12_345 for k in range(16))):
+        path.write_bytes(bytes(place) + b"x" + bytes(size - 1 - place))
         assert fd.fingerprint(path) != before
-    path.write_bytes(bytes(3_000_001))
+    path.write_bytes(bytes(size + 1))
     assert fd.fingerprint(path) != before
 
 
@@ -174,15 +177,41 @@ def test_training_on_images_of_several_shapes(tmp_path):
 
 
 def test_latents_of_images_decode_to_them(tmp_path):
+    """As well as the VAE alone can."""
     folder = tmp_path / "images"
     folder.mkdir()
-    pixels = tiny.render(torch.tensor([3]), torch.Generator().manual_seed(5))[0]
-    levels = ((pixels + 1) * 127.5).round().byte().permute(1, 2, 0)
+    pixels = tiny.render(torch.tensor([3]), torch.Generator().manual_seed(5))
+    levels = ((pixels[0] + 1) * 127.5).round().byte().permute(1, 2, 0)
     Image.fromarray(levels.numpy()).save(folder / "a.png")
     (folder / "a.txt").write_text("a red ring")
     setup = prepared(tmp_path / "out", "--images", folder)
     latent = setup.cache.latent(0)
     assert latent.shape == setup.model.latent_shape(32)
     assert latent.std() < 2  # normalised
-    decoded = setup.model.family.decode(setup.model.load("image"), latent[None])[0]
-    assert (decoded - (pixels.permute(1, 2, 0) + 1) / 2).square().mean() < 0.01
+    pipe = setup.model.load("image")
+    decoded = setup.model.family.decode(pipe, latent[None])
+    as_saved = levels.permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        by_vae = pipe.vae.decode(pipe.vae.encode(as_saved).latent_dist.mode()).sample
+    assert_close(decoded, (by_vae / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1), rtol=0, atol=1e-4)
+    assert (decoded - (pixels.permute(0, 2, 3, 1) + 1) / 2).square().mean() < 0.01
+
+
+def test_latents_decode_as_in_the_stock_pipeline(setup):
+    pipe = setup.model.load("image")
+    cond = setup.cache.conditions([0, 1], 3.5)
+    noise = setup.cache.noise([("a",), ("b",)])
+    stock = {}
+    for kind in ("latent", "pt"):
+        stock[kind] = pipe(
+            prompt_embeds=cond["text"],
+            pooled_prompt_embeds=cond["pooled"],
+            height=32,
+            width=32,
+            num_inference_steps=3,
+            latents=FluxPipeline._pack_latents(noise, *noise.shape),
+            output_type=kind,
+        ).images
+    latents = FluxPipeline._unpack_latents(stock["latent"], 32, 32, pipe.vae_scale_factor)
+    decoded = setup.model.family.decode(pipe, latents)
+    assert_close(decoded, stock["pt"].permute(0, 2, 3, 1), rtol=0, atol=1e-5)

@@ -53,7 +53,7 @@ def test_half_a_model(tmp_path):
 
 
 def test_weights_that_would_be_made_up(tmp_path):
-    """Names of another version of transformers: it would draw the weights at random, and go on."""
+    """Names of another version of transformers: it would draw the weights at random."""
     folder = copied(TINY, tmp_path / "model")
     file = folder / "text_encoder" / "model.safetensors"
     save_file({f"other.{name}": x for name, x in load_file(file).items()}, file, {"format": "pt"})

@@ -68,6 +68,18 @@ def test_table_of_a_run(done):
     assert results["teacher_steps"] == 8
 
 
+def test_the_table_is_what_the_saved_lora_gives(done, setup):
+    """On the prompts and noises of the comparison, against eight steps of the teacher."""
+    pipe = fd.load_student(setup.model, done, 0.0)
+    cond, noise = setup.cache.held_out(setup.data.comparison, "compare")
+    fine = fd.stock_sample(setup.model, noise, 8, cond, shift=3.0, batch=4)
+    for (_, n), row in table_of(done).items():
+        pipe.set_adapters("student", row["scale"])
+        end = fd.stock_sample(setup.model, noise, n, cond, shift=3.0, batch=4)
+        distance = (end - fine).square().mean().sqrt().item()
+        assert row["rmse"] == pytest.approx(distance, rel=1e-3)
+
+
 @pytest.mark.parametrize("name", ["comparison.png", "training.png", "validation/saved.png"])
 def test_figures_of_a_run_are_not_empty(done, name):
     with Image.open(done / name) as image:
@@ -247,13 +259,15 @@ def test_a_wrong_file_fails_the_self_check(done, tmp_path):
     assert not (out / "results.json").exists()
 
 
-def test_held_out_prompts_are_not_trained_on(setup):
-    data = setup.data
-    trained = {data.texts[pair.text] for pair in data.pairs}
-    held_out = {data.texts[i] for i in (*data.validation, *data.comparison)}
-    assert held_out == set(TINY.joinpath("prompts.txt").read_text().splitlines()[-3:])
-    assert len(data.pairs) == 6
-    assert not trained & held_out
+def test_held_out_prompts_are_not_trained_on(tmp_path):
+    """All others are, without --limit."""
+    settings = parsed(tmp_path / "out", "--limit", 0)
+    data = fd.prepare(settings, fd.Machine())[1].data
+    *others, a, b, c = TINY.joinpath("prompts.txt").read_text().splitlines()
+    trained = [data.texts[pair.text] for pair in data.pairs]
+    assert trained == [text for text in others if text not in (a, b, c)]
+    held_out = [data.texts[i] for i in (*data.validation, *data.comparison)]
+    assert held_out == [a, b, c]
     assert not set(data.validation) & set(data.comparison)
 
 

@@ -68,7 +68,7 @@ def test_help_and_wrong_flags_do_not_wait_for_the_slow_imports(flags):
     assert done.stdout.endswith("imported: []\n")
 
 
-def test_settings_are_frozen_through_and_through(tmp_path):
+def test_every_setting_is_frozen_and_immutable(tmp_path):
     settings = fd.parse(["--out", str(tmp_path), "--sample", "a red circle", "--shift", "2"])
     for setting in fields(settings):
         with pytest.raises(FrozenInstanceError):

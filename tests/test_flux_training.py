@@ -34,7 +34,7 @@ def rows_of_log(out) -> list[dict[str, str]]:
 # --------------------------------------------------------------------------- a generator, its state
 
 
-def test_a_caller_may_leave_training_and_go_on_later(setup, done):
+def test_a_caller_may_leave_training_and_resume_it(setup, done):
     """It yields after each step, first of all the last one before; nothing is done twice."""
     steps, state, lora = begun(setup)
     seen = []
@@ -292,18 +292,23 @@ def test_interrupted_and_resumed_is_as_if_undisturbed(done, tmp_path, monkeypatc
     assert same_run(out, done)
 
 
-def test_killed_between_checkpoints_is_as_if_undisturbed(done, tmp_path, monkeypatch):
-    out = tmp_path / "out"
+def die_in_iteration(moment: int, monkeypatch) -> None:
+    """Let the process end there, with nothing saved on the way out; later it is sound again."""
     count = []
     real = sc.shortcut_loss
 
     def dying(*args, **kwargs):
         count.append(1)
-        if len(count) == 4:
-            raise MemoryError  # nothing is saved on the way out
+        if len(count) == moment:
+            raise MemoryError
         return real(*args, **kwargs)
 
     monkeypatch.setattr(fd.sc, "shortcut_loss", dying)
+
+
+def test_killed_between_checkpoints_is_as_if_undisturbed(done, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    die_in_iteration(4, monkeypatch)
     with pytest.raises(MemoryError):
         run(out)
     assert len(fd.read_metadata(out / fd.STATE)["rows"]) == 2
@@ -311,8 +316,19 @@ def test_killed_between_checkpoints_is_as_if_undisturbed(done, tmp_path, monkeyp
     assert same_run(out, done)
 
 
+@pytest.mark.parametrize(("flags", "saved"), [
+    ("--checkpoint-every 3 --validate-every 4", 3),
+    ("--checkpoint-every 4 --validate-every 2", 2),
+])  # fmt: skip
+def test_checkpoints_and_validations_are_saved(tmp_path, monkeypatch, flags, saved):
+    die_in_iteration(4, monkeypatch)
+    with pytest.raises(MemoryError):
+        run(tmp_path / "out", *flags.split())
+    assert len(fd.read_metadata(tmp_path / "out" / fd.STATE)["rows"]) == saved
+
+
 def test_not_a_number_stops_before_the_step(done, tmp_path, monkeypatch):
-    """The checkpoint of iteration 2 is as it was, and a sound machine goes on from there."""
+    """The checkpoint of iteration 2 is as it was, and a sound machine resumes there."""
     out = tmp_path / "out"
     count = []
     real = sc.shortcut_loss
@@ -382,7 +398,7 @@ def test_stop_when_matched_ends_training_at_a_validation(tmp_path, monkeypatch):
     assert saved["done"]
     assert len(saved["rows"]) == 4
 
-    _, again = train(prepared(tmp_path / "out", *flags))  # which the file tells, too
+    _, again = train(prepared(tmp_path / "out", *flags))  # as the file says
     assert again.done
     assert again.iteration == 4
 
