@@ -68,7 +68,7 @@ def time_grid(steps: int, shift: float = 1.0) -> Tensor:
 def interpolate(x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """State x_t = (1 - t) x_0 + t noise, for x_0 and noise (B, ...) and t (B,)."""
     t = _per_row(t, x_0)
-    return (1 - t) * _wide(x_0) + t * _wide(noise)
+    return (1 - t) * x_0 + t * noise
 
 
 @torch.no_grad()

@@ -95,6 +95,13 @@ def test_a_shift_keeps_both_ends_and_the_order(shift):
     assert (t.diff() > 0).all()
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0, 4.5])
+@pytest.mark.parametrize("steps", [3, 32, 57])
+def test_a_grid_is_rounded_to_float32_only_once(steps, shift):
+    exact = [to_shifted((steps - i) / steps, shift) for i in range(steps + 1)]
+    assert torch.equal(sc.time_grid(steps, shift), torch.tensor(exact))
+
+
 def test_a_grid_is_even_unless_shifted():
     assert_close(sc.time_grid(4), torch.tensor([1, 0.75, 0.5, 0.25, 0]))
 
@@ -365,14 +372,13 @@ SERVES = [
 ]
 
 
-def squared_targets(teacher_row, self_row):
-    """The windows' weights times the velocities of SERVES, squared, for 10 rows."""
-    kind = next(name for name, *rows in SERVES if rows == [teacher_row, self_row])
-    windows = draw(WINDOWS_OF[kind], 10, **({"U": 0.0} if self_row else {}))
+def windows_and_targets(kind, teacher_row, self_row):
+    """Ten windows, four of teacher rows if there are self rows, and their targets from SERVES."""
     k = 4 if self_row else 10
+    windows = draw(WINDOWS_OF[kind], 10, **({"U": 0.0} if self_row else {}))
     w = (windows.t - windows.t_mid) / (windows.t - windows.t_end)
     pairs = torch.tensor([teacher_row] * k + [self_row] * (10 - k)).float()
-    return windows, (w * pairs[:, 0] + (1 - w) * pairs[:, 1]).square()
+    return windows, w * pairs[:, 0] + (1 - w) * pairs[:, 1]
 
 
 def loss_of(kind, windows, student):
@@ -384,19 +390,20 @@ def loss_of(kind, windows, student):
 
 @pytest.mark.parametrize("kind, teacher_row, self_row", SERVES)
 def test_which_velocity_serves_which_row(kind, teacher_row, self_row):
-    windows, square = squared_targets(teacher_row, self_row)
-    loss, _ = loss_of(kind, windows, constant(0))
-    assert_close(loss, square.mean(), rtol=1e-4, atol=0)
+    windows, target = windows_and_targets(kind, teacher_row, self_row)
+    loss, _ = loss_of(kind, windows, constant(1.5))
+    assert_close(loss, (target - 1.5).square().mean(), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("kind, teacher_row, self_row", SERVES)
 def test_the_log_tells_the_loss_of_teacher_and_self_rows(kind, teacher_row, self_row):
-    windows, square = squared_targets(teacher_row, self_row)
-    _, log = loss_of(kind, windows, constant(0))
-    assert_close(log["teacher_loss"], square[: windows.teacher_rows].mean(), rtol=1e-4, atol=0)
-    expected = square[windows.teacher_rows :].mean()
-    assert_close(log["self_loss"], expected, rtol=1e-4, atol=0, equal_nan=True)
-    assert expected.isnan() == (self_row is None)
+    windows, target = windows_and_targets(kind, teacher_row, self_row)
+    _, log = loss_of(kind, windows, constant(1.5))
+    error = (target - 1.5).square()
+    k = 4 if self_row else 10
+    assert_close(log["teacher_loss"], error[:k].mean(), rtol=1e-4, atol=0)
+    assert_close(log["self_loss"], error[k:].mean(), rtol=1e-4, atol=0, equal_nan=True)
+    assert log["self_loss"].isnan() == (self_row is None)
 
 
 @pytest.mark.parametrize("student, residual", [(0.0, 1.0), (2.5, 0.25), (2.0, 0.0)])
@@ -560,7 +567,11 @@ def test_samplers_and_scale_work_in_float32_or_float64(dtype):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     noise = torch.randn(6, 2, generator=seeded()).to(dtype)
     times = sc.time_grid(3)
-    network = lambda x, t: x.to(dtype)  # noqa: E731
+
+    def network(x, t):
+        assert x.dtype == t.dtype == wide
+        return x.to(dtype)
+
     path = sc.teacher_path(network, noise, times)
     assert sc.euler_sample(network, noise, times).dtype == wide
     assert path.x.dtype == path.velocity.dtype == path.mean.dtype == wide
@@ -958,8 +969,9 @@ def test_one_matched_step_is_allowed():
     assert sc.MatchedConfig(steps=1, teacher_part=1, slow_decay=0.0).steps == 1
 
 
-@pytest.mark.parametrize("config", [PAPER, MATCHED])
-def test_settings_are_frozen(config):
+@pytest.mark.parametrize("name", ["ShortcutConfig", "MatchedConfig"])
+def test_settings_are_frozen(name):
+    config = getattr(sc, name)()
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.shift_range = (1, 1)
 
@@ -1025,6 +1037,7 @@ def test_fitting_tensors_are_not_refused():
         (lambda: sc.time_grid(3, 0.0), "shift=0.0 must be > 0"),
         (lambda: sc.shift_time(torch.zeros(2), torch.tensor([1.0, -2.0])), "shift=-2.0 must be"),
         (lambda: draw("distil", 2, U=1.0), r"U=1.0 must lie in \[0, 1\)"),
+        (lambda: draw("distil", 2, U=1.5), r"U=1.5 must lie in \[0, 1\)"),
         (lambda: draw("distil", 2, U=-0.1), r"U=-0.1 must lie in \[0, 1\)"),
         (
             lambda: sc.euler_sample(constant(1), torch.zeros(2, 2).int(), sc.time_grid(2)),
@@ -1190,6 +1203,42 @@ def test_sampling_path_and_scale_keep_no_graph():
     assert not sc.euler_sample(network, noise, times).requires_grad
     assert not any(x.requires_grad for x in (path.x, path.velocity, path.mean))
     assert not sc.optimal_scale(lambda x, t: 2 * network(x, t), path).requires_grad
+
+
+# ------------------------------------------------------------------------------------------ devices
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", CALLS)
+def test_a_training_step_runs_on_a_gpu_with_windows_of_the_cpu_or_the_gpu(kind):
+    for device in ("cpu", "cuda"):
+        g = torch.Generator(device).manual_seed(0)
+        sample = sc.matched_windows if "matched" in kind else sc.sample_windows
+        config = MATCHED if "matched" in kind else PAPER
+        windows = sample(config, 10, "fuse" in WINDOWS_OF[kind], generator=g)
+        assert all(time.device.type == device for time in windows[:3])
+        x_0, noise = torch.randn(2, 10, 3, device="cuda")
+        first, second = velocities_of(kind, windows, x_0, noise)
+        loss, _ = sc.shortcut_loss(windows, x_0, noise, constant(0.0), first, second)
+        assert loss.device.type == "cuda" and loss.isfinite()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_sampling_and_scale_run_on_a_gpu_with_times_of_the_cpu_or_the_gpu(device):
+    noise = torch.ones(4, 2, device="cuda")
+    times = sc.time_grid(3).to(device)
+    path = sc.teacher_path(lambda x, t: x, noise, times)
+    assert path.x.device.type == "cuda"
+    assert sc.euler_sample(lambda x, t: x, noise, times).device.type == "cuda"
+    assert sc.optimal_scale(lambda x, t: 2 * x, path).isfinite()
+
+
+@pytest.mark.gpu
+def test_an_ema_on_a_gpu_may_be_of_weights_on_the_cpu():
+    ema = [torch.zeros(2, device="cuda")]
+    sc.update_ema(ema, [torch.ones(2)], 0.75)
+    assert_close(ema[0].cpu(), torch.full((2,), 0.25))
 
 
 # ----------------------------------------------------------------------------------------- training
