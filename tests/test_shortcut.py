@@ -286,6 +286,11 @@ def test_windows_need_no_generator(kind):
     assert len(windows.t) == 5 and windows.kind == kind
 
 
+def test_windows_are_for_distillation_unless_fuse_is_given():
+    assert sc.sample_windows(PAPER, 2).kind == "distil"
+    assert sc.matched_windows(MATCHED, 2).kind == "matched"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_numbers_are_drawn_by_the_generator_on_its_device(kind, monkeypatch):
     generator = SimpleNamespace(device="a GPU")
@@ -750,6 +755,15 @@ def test_matched_windows_stay_on_the_path(steps, part, low, ratio, seed):
     assert (t_end <= t_mid + rounding).all() and (t_end >= -rounding).all()
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_matched_windows_within_a_step_of_the_data_end_at_the_data(steps):
+    """So the student there is the mean of the teacher's velocities all the way, at equal weight."""
+    t, _, t_end, *_ = draw("matched", 2000, sc.MatchedConfig(steps=steps))
+    near = sampler_time(t, steps, 3.5) == 0
+    assert near.sum() > 500
+    assert_close(t_end[near], torch.zeros(near.sum()), atol=2e-6, rtol=0)
+
+
 def test_matched_windows_of_fusion_near_the_data_weigh_by_a_time_below_it():
     """There L* = t / 2, so that w = h / (t + h) and t_end = -h with h = t - t_mid."""
     t, t_mid, t_end, *_ = draw("matched fuse", 2000, sc.MatchedConfig(steps=1))
@@ -938,6 +952,7 @@ def test_bad_settings_of_the_paper_are_refused_with_value_and_range(bad, words):
     [
         (dict(steps=0), "steps=0 must be >= 1"),
         (dict(teacher_part=0.0), r"teacher_part=0.0 must lie in \(0, 1\]"),
+        (dict(teacher_part=-0.1), r"teacher_part=-0.1 must lie in \(0, 1\]"),
         (dict(teacher_part=1.01), r"teacher_part=1.01 must lie in \(0, 1\]"),
         (dict(shift_range=(-1, 2)), r"shift_range=\(-1, 2\) must have 0 < low <= high < inf"),
         (dict(shift_range=(3, 2)), r"shift_range=\(3, 2\) must have 0 < low <= high < inf"),
