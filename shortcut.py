@@ -151,7 +151,7 @@ def sample_windows(
     lowest = 2 * stride  # the grid point nearest to the data from which both steps fit
     start = lowest + (rand(batch) * (n + 1 - lowest)).floor()
     if fuse:
-        start[:k] = n * (1 - rand(k))  # both steps may not fit: hence clamp
+        start[:k] = n * (1 - rand(k))  # may end below the data, hence the clamps
 
     low, high = config.shift_range
     shift = low + (high - low) * rand(batch)
@@ -338,7 +338,7 @@ class MatchedConfig:
         return sum(self.shift_range) / 2
 
     def after(self, t: Tensor, step: float) -> Tensor:
-        """Where the sampler is, from t, after `step` steps (may be a fraction); at least 0."""
+        """The sampler's time `step` steps after t, which may be a fraction; at least 0."""
         u = shift_time(t, 1 / self.shift) - step / self.steps
         return shift_time(u.clamp(min=0), self.shift)
 
