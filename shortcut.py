@@ -450,7 +450,7 @@ def optimal_scale(student: Velocity, path: TeacherPath, **cond: Tensor) -> Tenso
     square = 0.0
     steps = zip(path.times[:-1], path.x, path.velocity, path.mean, strict=True)
     for t, x, v_T, mean in steps:
-        v_S = _wide(student(x, t.to(x).expand(len(x)), **cond))
+        v_S = student(x, t.to(x).expand(len(x)), **cond)
         product = product + ((v_S - v_T) * (mean - v_T)).sum()
         square = square + (v_S - v_T).square().sum()
     return torch.where(square == 0, float("inf"), product / square)

@@ -567,6 +567,16 @@ def test_networks_get_float32_or_float64_and_may_answer_in_less(kind, shape, dty
     assert weight.grad.isfinite()
 
 
+@pytest.mark.parametrize("function", [sc.fusion, sc.matched_fusion])
+def test_the_velocity_of_bf16_data_is_not_rounded_to_bf16(function):
+    """1 - 1/512 needs nine bits; bfloat16 has eight."""
+    x_0 = torch.full((4, 2), 1 / 512, dtype=torch.bfloat16)
+    noise = torch.ones(4, 2, dtype=torch.bfloat16)
+    windows = draw(WINDOWS_OF[function.__name__], 4)
+    first, _ = function(windows._replace(teacher_rows=4), x_0, noise, constant(0))
+    assert_close(first(torch.zeros(4, 2), windows.t), torch.full((4, 2), 511 / 512))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_samplers_and_scale_work_in_float32_or_float64(dtype):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -1195,6 +1205,12 @@ def test_the_scale_is_that_of_dense_least_squares():
 def test_the_scale_of_the_teacher_itself_is_infinite():
     path = sc.teacher_path(constant(1.0), torch.zeros(2, 1), sc.time_grid(3))
     assert sc.optimal_scale(constant(1.0), path) == math.inf
+
+
+def test_a_path_with_parts_of_different_lengths_is_refused():
+    path = sc.teacher_path(constant(1.0), torch.zeros(2, 1), sc.time_grid(3))
+    with pytest.raises(ValueError, match="zip"):
+        sc.optimal_scale(constant(2.0), path._replace(mean=path.mean[:2]))
 
 
 def test_path_and_scale_pass_cond():
