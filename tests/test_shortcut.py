@@ -947,6 +947,7 @@ def test_windows_of_another_kind_are_refused(function, kind):
         (dict(shift_range=(3, 2)), r"shift_range=\(3, 2\) must have 0 < low <= high < inf"),
         (dict(shift_range=(1, math.inf)), r"shift_range=\(1, inf\) must have .* < inf"),
         (dict(fast_decay=1.0), r"fast_decay=1.0 must lie in \[0, 1\)"),
+        (dict(fast_decay=1.5), r"fast_decay=1.5 must lie in \[0, 1\)"),
         (dict(fast_decay=-0.1), r"fast_decay=-0.1 must lie in \[0, 1\)"),
         (dict(slow_decay=1.0), r"slow_decay=1.0 must lie in \[0, 1\)"),
         (dict(slow_decay=-0.1), r"slow_decay=-0.1 must lie in \[0, 1\)"),
