@@ -359,8 +359,8 @@ def matched_windows(
     the first `teacher_part` of the sampler's step, t to t_mid, in one midpoint step (`matched`), so
     L_1 = (t - t_mid) / 2. (A) at L = L* gives the weight
         w = [t - t_mid + L*(t_mid) - L*(t)] / [t - t_mid + L*(t_mid) - L_1]                      (C)
-    and t_end = t - (t - t_mid) / w. With teacher_part = 1, w = 1 and the target is the teacher's
-    mean velocity over the step. The smaller teacher_part, the more comes from the student's EMA.
+    and t_end = t - (t - t_mid) / w. With teacher_part = 1, w = 1 and the target is one midpoint
+    step of the teacher. The smaller teacher_part, the more comes from the student's EMA.
     t_mid >= t_end since L*(t) >= L_1, and t_end >= 0 since the numerator of (C) is at least
     (t - t_mid) / 2 and the denominator at most t / 2 (both up to rounding).
 
