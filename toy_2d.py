@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -247,6 +247,11 @@ def draw_from(pool: Tensor) -> Data:
     return lambda count, generator: pool[torch.randint(len(pool), (count,), generator=generator)]
 
 
+def draw_pairs(data: Data, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Data and noise of a batch, (batch, 2) each."""
+    return data(batch, generator), torch.randn(batch, 2, generator=generator)
+
+
 # ---------------------------------------------------------------------------------------- networks
 
 
@@ -286,13 +291,14 @@ def train_teacher(data: Data, iterations: int, seed: int) -> nn.Module:
     teacher = VelocityMLP()
 
     def loss() -> Tensor:
-        x_0 = data(1024, generator)
-        noise = torch.randn(1024, 2, generator=generator)
+        x_0, noise = draw_pairs(data, 1024, generator)
         t = torch.rand(1024, generator=generator)
         v = teacher(sc.interpolate(x_0, noise, t), t)
         return (v - (noise - x_0)).square().mean()
 
-    return minimize(loss, teacher, [], iterations, rate=5e-3, warmup=100)[iterations]
+    for _ in minimize(loss, teacher, "teacher", 5e-3, iterations, warmup=100):
+        pass
+    return teacher.requires_grad_(False)
 
 
 def distil(
@@ -310,8 +316,7 @@ def distil(
     matched = isinstance(config, sc.MatchedConfig)
 
     def loss() -> Tensor:
-        x_0 = data(batch, generator)
-        noise = torch.randn(batch, 2, generator=generator)
+        x_0, noise = draw_pairs(data, batch, generator)
         if matched:
             windows = sc.matched_windows(config, batch, generator=generator)
             first, second = sc.matched(windows, teacher, slow)
@@ -323,7 +328,8 @@ def distil(
     emas = [(slow, config.slow_decay)]
     if not matched:
         emas.append((fast, config.fast_decay))
-    return minimize(loss, student, emas, iterations, snapshots, rate, warmup, ema_warmup)
+    steps = minimize(loss, student, "student", rate, iterations, warmup)
+    return snapshots_of(student, steps, emas, ema_warmup, {*snapshots, iterations})
 
 
 def fuse(
@@ -342,8 +348,7 @@ def fuse(
     matched = isinstance(config, sc.MatchedConfig)
 
     def loss() -> Tensor:
-        x_0 = data(batch, generator)
-        noise = torch.randn(batch, 2, generator=generator)
+        x_0, noise = draw_pairs(data, batch, generator)
         if matched:
             windows = sc.matched_windows(config, batch, fuse=True, generator=generator)
             first, second = sc.matched_fusion(windows, x_0, noise, ema)
@@ -353,26 +358,32 @@ def fuse(
         return sc.shortcut_loss(windows, x_0, noise, student, first, second)[0]
 
     emas = [(ema, config.slow_decay if matched else config.fast_decay)]
-    return minimize(loss, student, emas, iterations, snapshots, rate, warmup, ema_warmup)
+    steps = minimize(loss, student, "fused", rate, iterations, warmup)
+    return snapshots_of(student, steps, emas, ema_warmup, {*snapshots, iterations})
 
 
 def minimize(
-    loss: Callable[[], Tensor], net: nn.Module, emas: list[tuple[nn.Module, float]],
-    iterations: int, snapshots: Iterable[int] = (), rate=2e-3, warmup=1, ema_warmup=True,
-) -> dict[int, nn.Module]:  # fmt: skip
-    """Train the network on a loss that draws its own batches, with (EMA, decay) to follow it."""
+    loss: Callable[[], Tensor], net: nn.Module, name: str, rate: float, iterations: int, warmup: int
+) -> Iterator[int]:
+    """Train the network on a loss that draws its own batch; yields 1, 2, ... after each step."""
     optimizer, schedule = adam(list(net.parameters()), rate, iterations, warmup)
-    kept = {}
-    for iteration in tqdm(range(1, iterations + 1), leave=False):
+    for iteration in tqdm(range(1, iterations + 1), name, leave=False):
         optimizer.zero_grad()
         loss().backward()
         optimizer.step()
         schedule.step()
+        yield iteration
+
+
+def snapshots_of(student, steps, emas, ema_warmup: bool, wanted: set[int]) -> dict[int, nn.Module]:
+    """Run training steps, each followed by (EMA, decay) pairs, and keep copies of the student."""
+    kept = {}
+    for iteration in steps:
         for ema, decay in emas:
             decay = sc.warm_up(decay, iteration) if ema_warmup else decay
-            sc.update_ema(ema.parameters(), net.parameters(), decay)
-        if iteration in snapshots or iteration == iterations:
-            kept[iteration] = frozen(net)
+            sc.update_ema(ema.parameters(), student.parameters(), decay)
+        if iteration in wanted:
+            kept[iteration] = frozen(student)
     return kept
 
 
@@ -602,9 +613,9 @@ class Panel(NamedTuple):
         return torch.stack(states)
 
 
-def draw_panels(panels: list[Panel], data: Tensor) -> tuple[Figure, list]:
+def draw_panels(panels: list[Panel], data: Tensor, height: float) -> tuple[Figure, list]:
     """A square for each panel, with the data faint in it."""
-    figure = Figure((3.6 * len(panels), 4.5), layout="constrained")
+    figure = Figure((3.6 * len(panels), height), layout="constrained")
     axes = figure.subplots(1, len(panels))
     limit = max(1.15 * data.abs().max().item(), 3)
     for axis, panel in zip(axes, panels):
@@ -617,7 +628,7 @@ def draw_panels(panels: list[Panel], data: Tensor) -> tuple[Figure, list]:
 
 def plot_paths(panels: list[Panel], probe: Probe, shift: float, path: Path) -> None:
     """The way of some samples from noise to data."""
-    figure, axes = draw_panels(panels, probe.data)
+    figure, axes = draw_panels(panels, probe.data, 4.4)
     for axis, panel in zip(axes, panels):
         states, color = panel.states(probe.noise[:160], shift), COLORS[panel.name]
         axis.add_collection(LineCollection(states.transpose(0, 1), colors=color, lw=0.7, alpha=0.6))
@@ -631,7 +642,7 @@ def plot_paths(panels: list[Panel], probe: Probe, shift: float, path: Path) -> N
 
 def animate(panels: list[Panel], probe: Probe, shift: float, path: Path) -> None:
     """A GIF of noise flowing to data along each sampler's own paths, straight between its steps."""
-    figure, axes = draw_panels(panels, probe.data)
+    figure, axes = draw_panels(panels, probe.data, 3.9)
     paths = [panel.states(probe.noise[:1500], shift) for panel in panels]
     dots = [
         axis.scatter(*states[0].T, s=4, color=COLORS[panel.name], lw=0)
