@@ -145,15 +145,10 @@ def run(settings: Settings) -> None:
     """Train, measure, print, draw."""
     started = time.perf_counter()
     torch.set_num_threads(1)  # tensors are small: more would only wait for each other
-    data, N, shift, seed = (
-        FLOWS[settings.flow],
-        settings.student_steps,
-        settings.shift,
-        settings.seed,
-    )
+    data, out = FLOWS[settings.flow], settings.out
+    N, shift, seed = settings.student_steps, settings.shift, settings.seed
     generator = torch.Generator().manual_seed(seed + 10_000)
     probe = draw_probe(data, generator)
-    out = settings.out
 
     published = sc.ShortcutConfig(shift_range=(shift, shift))
     matched = sc.MatchedConfig(N, shift_range=(shift, shift))
@@ -648,7 +643,7 @@ def plot_paths(panels: list[Panel], probe: Probe, shift: float, path: Path) -> N
 
 def animate(panels: list[Panel], probe: Probe, shift: float, path: Path) -> None:
     """A GIF of noise flowing to data along each sampler's own paths, straight between its steps."""
-    figure, axes = draw_panels(panels, probe.data, 3.9)
+    figure, axes = draw_panels(panels, probe.data, 4.1)
     paths = [panel.states(probe.noise[:1500], shift) for panel in panels]
     dots = [
         axis.scatter(*states[0].T, s=4, color=COLORS[panel.name], lw=0)
