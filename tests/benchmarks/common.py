@@ -22,7 +22,6 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from typing import NamedTuple
@@ -72,9 +71,7 @@ def as_kept(found: dict) -> dict:
 def origin() -> dict:
     """The machine, the packages' versions and hashes of the repository's files in this process."""
     versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
+    versions |= {name: metadata.version(name) for name in PACKAGES if name in sys.modules}
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     if torch.cuda.is_available():
         machine += f", {torch.cuda.get_device_name()}"
@@ -292,16 +289,20 @@ BATCH = 512  # of the students
 
 
 class FlowMeasure:
-    """The noise and data on which all networks of one flow and seed are measured."""
+    """The noise and data on which all networks of one flow and seed are measured.
 
-    def __init__(self, flow: str, seed: int):
+    Networks of very short trainings, as in a test, are measured on fewer points.
+    """
+
+    def __init__(self, flow: str, seed: int, length: float):
         generator = torch.Generator().manual_seed(20_000 + seed)
+        points = 16_384 if length >= 0.1 else 1_024
         self.data = toy_2d.FLOWS[flow]
-        self.reference = self.data(32_768, generator)
-        self.noise = torch.randn(16_384, 2, generator=generator)
+        self.reference = self.data(2 * points, generator)
+        self.noise = torch.randn(points, 2, generator=generator)
         self.validation = torch.randn(256, 2, generator=generator)
         self.pool = self.data(10, generator)  # of few-shot training
-        draws = [self.data(16_384, generator) for _ in range(8)]
+        draws = [self.data(points, generator) for _ in range(8)]
         self.floor = float(np.std([toy_2d.energy_distance(x, self.reference) for x in draws]))
 
     def error(self, velocity, steps: int, shift: float = 1.0) -> float:
