@@ -20,9 +20,10 @@ import json
 import platform
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from importlib import metadata
 from typing import NamedTuple
 
@@ -323,7 +324,9 @@ class FlowMeasure:
         return sc.teacher_path(teacher, self.validation, sc.time_grid(steps, shift))
 
 
+@cache
 def train_teacher(flow: str, seed: int, length: float) -> nn.Module:
+    """The toy's teacher; each process trains it once."""
     count = shortened(TEACHER_ITERATIONS, length)
     return toy_2d.train_teacher(toy_2d.FLOWS[flow], count, seed)
 
@@ -349,23 +352,6 @@ def network_calls(config: sc.ShortcutConfig | sc.MatchedConfig, fuse: bool = Fal
     if fuse:
         return 3 + (1 if is_matched else 2 * (1 - config.teacher_ratio))
     return 3 + (3 if is_matched else 2)
-
-
-def train(
-    weights: Sequence[Tensor],
-    loss: Callable[[], Tensor],
-    iterations: int,
-    rate: float,
-    warmup: int = 1,
-) -> Iterator[int]:
-    """Adam with the toy's schedule on a loss that draws its own batch; yields after each step."""
-    optimizer, schedule = toy_2d.adam(weights, rate, iterations, warmup)
-    for iteration in range(1, iterations + 1):
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-        schedule.step()
-        yield iteration
 
 
 @torch.no_grad()
