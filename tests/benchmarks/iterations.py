@@ -142,6 +142,8 @@ def tables(rows: list[common.Row]) -> list[str]:
     curves = common.where(rows, "flows")
     for flow, some in common.grouped(curves, "flow").items():
         columns = columns_of(some)
+        if not {"paper", "ours"} <= columns.keys():
+            continue  # not measured yet
         teacher = [row.found for row in common.where(rows, "teachers", flow=flow)]
         best = least_errors(columns["paper"], "scale 1")
         levels = {
