@@ -16,7 +16,8 @@ import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,39 +35,36 @@ def flag(default: Any, text: str, limits: tuple[float, float] | None = None, cho
 
 @dataclass(frozen=True)
 class Settings:
-    """The flags of the command line with their defaults, help and limits."""
+    """The flags of the command line: default, help, limits."""
 
     flow: str = flag("moons", "the data", choices=FLOW_NAMES)
     student_steps: int = flag(3, "steps that the matched student is trained for", (1, 32))
     shift: float = flag(1.0, "time shift s of training and sampling (Flux: 3)", (1e-3, 1e3))
-    fusion: bool = flag(False, "train from scratch: students 2x --iterations, flow matching 4x")
+    fusion: bool = flag(False, "train from scratch: 2x --iterations, flow matching alone 4x")
     few_shot: int = flag(0, "distil on so many data points only; 0: on all data", (0, 10**7))
     iterations: int = flag(2000, "of the teacher; the students take half of it", (1, 10**9))
     seed: int = flag(0, "of networks, data and noise", (0, 2**62))
-    out: Path = flag(Path("toy_out"), "folder for the figures and results.json")
+    out: Path = flag(Path("toy_out"), "folder for figures and results.json")  # noqa: RUF009
     animate: bool = flag(False, "also write flow.gif, noise flowing to data")
 
 
 def parse(argv: list[str] | None = None) -> Settings:
-    """Settings from the command line; needs none of the slow imports. Makes the folder --out."""
+    """Settings from the command line, without the slow imports. Makes the folder --out."""
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
+    names = {setting.name: "--" + setting.name.replace("_", "-") for setting in fields(Settings)}
     for setting in fields(Settings):
-        name = "--" + setting.name.replace("_", "-")
-        text, choices = setting.metadata["help"], setting.metadata["choices"]
+        kind = dict(type=setting.type, choices=setting.metadata["choices"])
         if setting.type is bool:
-            parser.add_argument(name, action="store_true", help=text)
-        else:
-            default = setting.default
-            parser.add_argument(
-                name, type=setting.type, default=default, choices=choices, help=text
-            )
+            kind = dict(action="store_true")
+        text, default = setting.metadata["help"], setting.default
+        parser.add_argument(names[setting.name], help=text, default=default, **kind)
     settings = Settings(**vars(parser.parse_args(argv)))
 
     for setting in fields(Settings):
         value, limits = getattr(settings, setting.name), setting.metadata["limits"]
         if limits and not limits[0] <= value <= limits[1]:
-            name = setting.name.replace("_", "-")
-            parser.error(f"--{name} {value} must be between {limits[0]:g} and {limits[1]:g}")
+            name, (low, high) = names[setting.name], limits
+            parser.error(f"{name} {value} must be between {low} and {high}")
     if settings.fusion and settings.few_shot:
         parser.error("--fusion and --few-shot exclude each other: leave one out")
     try:
@@ -76,17 +74,15 @@ def parse(argv: list[str] | None = None) -> Settings:
     except OSError as error:
         parser.error(f"--out {settings.out}: {error.strerror}: give another --out")
     if foreign:
-        parser.error(
-            f"{foreign[0]} is not from this program and would be replaced: move it, or give"
-            " another --out"
-        )
+        reason = "is not from this program and would be replaced"
+        parser.error(f"{foreign[0]} {reason}: move it, or give another --out")
     return settings
 
 
 def foreign_files(folder: Path) -> list[Path]:
     """Files there that would be replaced, unless this program wrote the results or the samples."""
     present = [folder / name for name in OUTPUTS if (folder / name).exists()]
-    with suppress(OSError, ValueError, AttributeError):  # damaged results are nobody's
+    with suppress(OSError, ValueError, AttributeError):  # damaged results are no proof
         results = json.loads((folder / "results.json").read_text())
         if {"energy", "rms", "settings"} <= results.keys():
             return []
@@ -128,8 +124,7 @@ COLORS = {
     "data": "#f2c14e",
 }
 Data = Callable[[int, torch.Generator], Tensor]  # (count, generator) -> points (count, 2)
-Config = sc.ShortcutConfig | sc.MatchedConfig
-Rows = dict[str, dict[int, Any]]  # a table: name of the row, then column
+Rows = dict[str, dict[int, Any]]  # a table: name of the row, column, cell
 
 # -------------------------------------------------------------------------------------------- main
 
@@ -142,44 +137,64 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit("toy_2d.py: stopped; the same command starts over") from None
     except OSError as error:
         where, reason = error.filename or settings.out, error.strerror or error
-        raise SystemExit(
-            f"toy_2d.py: {where}: {reason}; mend that, or give another --out"
-        ) from None
+        sentence = f"toy_2d.py: {where}: {reason}; mend that, or give another --out"
+        raise SystemExit(sentence) from None
 
 
 def run(settings: Settings) -> None:
+    """Train, measure, print, draw."""
     started = time.perf_counter()
     torch.set_num_threads(1)  # tensors are small: more would only wait for each other
-    data, N, shift, out = FLOWS[settings.flow], settings.student_steps, settings.shift, settings.out
-    generator = torch.Generator().manual_seed(settings.seed + 10_000)
+    data, N, shift, seed = (
+        FLOWS[settings.flow],
+        settings.student_steps,
+        settings.shift,
+        settings.seed,
+    )
+    generator = torch.Generator().manual_seed(seed + 10_000)
     probe = draw_probe(data, generator)
+    out = settings.out
 
+    published = sc.ShortcutConfig(shift_range=(shift, shift))
+    matched = sc.MatchedConfig(N, shift_range=(shift, shift))
     if settings.fusion:
-        base, students = train_from_scratch(data, N, shift, settings.iterations, settings.seed)
+        iterations = 2 * settings.iterations
+        base = train_teacher(data, 2 * iterations, seed)  # half the network calls in an iteration
+        train = partial(fuse, data)
+        matched = replace(matched, slow_decay=published.fast_decay)
+        base_name, *names = "flow matching", "fused as published", "fused, matched"
     else:
-        pool = draw_from(data(settings.few_shot, generator)) if settings.few_shot else data
-        base, students = train_and_distil(data, pool, N, shift, settings.iterations, settings.seed)
-    base_name = "flow matching" if settings.fusion else "teacher"
-    nets = {base_name: base} | {name: list(kept.values())[-1] for name, kept in students.items()}
+        iterations = max(1, settings.iterations // 2)
+        base = train_teacher(data, settings.iterations, seed)
+        drawn = draw_from(data(settings.few_shot, generator)) if settings.few_shot else data
+        train = partial(distil, base, drawn)
+        base_name, *names = "teacher", "SCFM as published", "matched"
+    snapshots = {round(2 * (iterations / 2) ** (i / 8)) for i in range(9)}  # in equal ratios
+    students = {
+        name: train(config, iterations, seed, snapshots)
+        for name, config in zip(names, (published, matched))
+    }
+    nets = {base_name: base} | {name: kept[iterations] for name, kept in students.items()}
 
     steps = sorted({*STEPS, N})
     samplers = {name: dict.fromkeys(steps, net) for name, net in nets.items()}
     scales = {}
     if not settings.fusion:
-        student, noise = nets["matched"], probe.validation
-        scales = {n: calibrate(base, student, noise, n, shift) for n in steps}
+        student = nets["matched"]
+        scales = {n: calibrate(base, student, probe.validation, n, shift) for n in steps}
         samplers["matched, scaled"] = {n: scaled(base, student, scales[n]) for n in steps}
 
-    samples = per_cell(samplers, lambda n, net: sample(net, probe.noise, n, shift))
+    samples = each(samplers, lambda n, net: sample(net, probe.noise, n, shift))
     fine = sample(base, probe.noise, FINE_STEPS, shift)
-    energy = per_cell(samples, lambda n, x: energy_distance(x, probe.data) / UNIT)
-    rms = per_cell(samples, lambda n, x: (x - fine).square().sum(1).mean().sqrt().item())
-    print(table(energy, rms, scales, probe.floor, base_name))
+    energy = each(samples, lambda n, x: energy_distance(x, probe.data) / UNIT)
+    rms = each(samples, lambda n, x: (x - fine).square().sum(1).mean().sqrt().item())
+    print(table(energy, rms, scales, probe.floor))
 
-    errors = {n: errors_of(students, probe, n, shift) for n in sorted({2, 4, 8, N})}
-    lams = {} if settings.fusion else {n: lams_of(students, base, probe, n, shift) for n in errors}
-    results = dict(energy=energy, rms=rms, floor=probe.floor, scales=scales)
-    results |= dict(errors=errors, lams=lams, settings=asdict(settings))
+    watched = sorted({2, 4, 8, N})
+    errors = {n: errors_of(students, probe, n, shift) for n in watched}
+    lams = {} if settings.fusion else {n: lams_of(students, base, probe, n, shift) for n in watched}
+    results = dict(energy=energy, rms=rms, floor=probe.floor, scales=scales, errors=errors)
+    results |= dict(lams=lams, settings=asdict(settings))
     with whole(out / "results.json") as part:
         part.write_text(json.dumps(results, indent=1, default=str) + "\n")
 
@@ -188,45 +203,10 @@ def run(settings: Settings) -> None:
     plot_samples(samples, energy, probe, out / "samples.png")
     plot_paths(panels, probe, shift, out / "paths.png")
     plot_progress(errors, lams, energy, probe.floor, out / "progress.png")
-    plot_quality(energy, probe.floor, out / "quality.png")
+    plot_quality(energy, N, probe.floor, out / "quality.png")
     if settings.animate:
         animate(panels, probe, shift, out / "flow.gif")
     print(f"{time.perf_counter() - started:.1f} s; figures and results.json in {out}/")
-
-
-def train_and_distil(
-    data: Data, pool: Data, steps: int, shift: float, iterations: int, seed: int
-) -> tuple[nn.Module, dict[str, dict[int, nn.Module]]]:
-    """A teacher of the data, and two students of half its iterations that see only the pool."""
-    published = sc.ShortcutConfig(shift_range=(shift, shift))
-    matched = sc.MatchedConfig(steps, shift_range=(shift, shift))
-    teacher = train_teacher(data, iterations, seed)
-    half = max(1, iterations // 2)
-    return teacher, {
-        "SCFM as published": distil(teacher, pool, published, half, seed, snapshots_to(half)),
-        "matched": distil(teacher, pool, matched, half, seed, snapshots_to(half)),
-    }
-
-
-def train_from_scratch(
-    data: Data, steps: int, shift: float, iterations: int, seed: int
-) -> tuple[nn.Module, dict[str, dict[int, nn.Module]]]:
-    """Plain flow matching, and two fused networks of half its iterations.
-
-    A row of the paper's fusion makes two network calls on average, one of flow matching one.
-    """
-    published = sc.ShortcutConfig(shift_range=(shift, shift))
-    matched = sc.MatchedConfig(steps, shift_range=(shift, shift), slow_decay=0.99)
-    double = 2 * iterations
-    return train_teacher(data, 2 * double, seed), {
-        "fused as published": fuse(data, published, double, seed, snapshots_to(double)),
-        "fused, matched": fuse(data, matched, double, seed, snapshots_to(double)),
-    }
-
-
-def snapshots_to(last: int) -> set[int]:
-    """Up to nine iterations from 2 to the last, in equal ratios."""
-    return {round(2 * (last / 2) ** (i / 8)) for i in range(9)}
 
 
 # -------------------------------------------------------------------------------------------- flows
@@ -267,6 +247,11 @@ def draw_from(pool: Tensor) -> Data:
     return lambda count, generator: pool[torch.randint(len(pool), (count,), generator=generator)]
 
 
+def draw_pairs(data: Data, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Data and noise of a batch, (batch, 2) each."""
+    return data(batch, generator), torch.randn(batch, 2, generator=generator)
+
+
 # ---------------------------------------------------------------------------------------- networks
 
 
@@ -299,29 +284,6 @@ def scaled(base: nn.Module, student: nn.Module, scale: float) -> nn.Module:
 # ---------------------------------------------------------------------------------------- training
 
 
-def adam(weights: list[Tensor], rate: float, iterations: int, warmup: int):
-    """Adam, up to the rate in `warmup` iterations, then constant, in the second half down to 0."""
-    optimizer = torch.optim.Adam(weights, rate, fused=True)
-
-    def factor(i: int) -> float:
-        return min((i + 1) / warmup, 1, 2 - 2 * i / iterations)
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def minimize(
-    loss: Callable[[], Tensor], net: nn.Module, name: str, rate: float, iterations: int, warmup: int
-) -> Iterator[int]:
-    """Train the network on a loss that draws its own batch; yields 1, 2, ... after each step."""
-    optimizer, schedule = adam(list(net.parameters()), rate, iterations, warmup)
-    for iteration in tqdm(range(1, iterations + 1), name, leave=False):
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-        schedule.step()
-        yield iteration
-
-
 def train_teacher(data: Data, iterations: int, seed: int) -> nn.Module:
     """Plain flow matching: the velocity is regressed on noise - x_0."""
     torch.manual_seed(seed)
@@ -340,22 +302,13 @@ def train_teacher(data: Data, iterations: int, seed: int) -> nn.Module:
 
 
 def distil(
-    teacher: nn.Module,
-    data: Data,
-    config: Config,
-    iterations: int,
-    seed: int,
-    snapshots: Iterable[int] = (),
-    *,
-    batch: int = 512,
-    rate: float = 2e-3,
-    warmup: int = 1,
-    ema_warmup: bool = True,
-) -> dict[int, nn.Module]:
-    """Shortcut the teacher by Algorithm 2 (ShortcutConfig) or matched windows (MatchedConfig).
+    teacher, data, config, iterations, seed, snapshots=(),
+    *, batch=512, rate=2e-3, warmup=1, ema_warmup=True,
+) -> dict[int, nn.Module]:  # fmt: skip
+    """Shortcut the teacher by Algorithm 2 (ShortcutConfig) or with matched windows (MatchedConfig).
 
-    ema_warmup: EMAs average over no more than a quarter of the run so far; the paper has constant
-    decays. Returns the student as it is after each of the snapshots and the last iteration.
+    ema_warmup: EMAs average over no more than a quarter of the run so far; the paper's do not.
+    Returns copies of the student after each of the snapshots and after the last iteration.
     """
     generator = torch.Generator().manual_seed(seed + 1)
     student = copy.deepcopy(teacher).requires_grad_(True)
@@ -376,25 +329,17 @@ def distil(
     if not matched:
         emas.append((fast, config.fast_decay))
     steps = minimize(loss, student, "student", rate, iterations, warmup)
-    return snapshots_of(student, emas, steps, {*snapshots, iterations}, ema_warmup)
+    return snapshots_of(student, steps, emas, ema_warmup, {*snapshots, iterations})
 
 
 def fuse(
-    data: Data,
-    config: Config,
-    iterations: int,
-    seed: int,
-    snapshots: Iterable[int] = (),
-    *,
-    batch: int = 1024,
-    rate: float = 5e-3,
-    warmup: int = 100,
-    ema_warmup: bool = True,
-) -> dict[int, nn.Module]:
-    """Train a few-step network from scratch, in all else as `distil`.
+    data, config, iterations, seed, snapshots=(),
+    *, batch=1024, rate=5e-3, warmup=100, ema_warmup=True,
+) -> dict[int, nn.Module]:  # fmt: skip
+    """Train a few-step network from scratch; in all else as `distil`.
 
-    Its one EMA has the decay fast_decay of a ShortcutConfig or slow_decay of a MatchedConfig, for
-    which 0.99 is a good choice: a slow copy of random weights is no teacher.
+    Its one EMA has the fast_decay of a ShortcutConfig, 0.99: a slow copy of random weights is no
+    teacher. A MatchedConfig has only slow_decay; set it to as little.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -414,22 +359,24 @@ def fuse(
 
     emas = [(ema, config.slow_decay if matched else config.fast_decay)]
     steps = minimize(loss, student, "fused", rate, iterations, warmup)
-    return snapshots_of(student, emas, steps, {*snapshots, iterations}, ema_warmup)
+    return snapshots_of(student, steps, emas, ema_warmup, {*snapshots, iterations})
 
 
-def draw_pairs(data: Data, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Data and noise of a batch."""
-    return data(batch, generator), torch.randn(batch, 2, generator=generator)
+def minimize(
+    loss: Callable[[], Tensor], net: nn.Module, name: str, rate: float, iterations: int, warmup: int
+) -> Iterator[int]:
+    """Train the network on a loss that draws its own batch; yields 1, 2, ... after each step."""
+    optimizer, schedule = adam(list(net.parameters()), rate, iterations, warmup)
+    for iteration in tqdm(range(1, iterations + 1), name, leave=False):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        schedule.step()
+        yield iteration
 
 
-def snapshots_of(
-    student: nn.Module,
-    emas: list[tuple[nn.Module, float]],
-    steps: Iterator[int],
-    wanted: set[int],
-    ema_warmup: bool,
-) -> dict[int, nn.Module]:
-    """Run the training steps, let the EMAs follow the student, keep copies of it on the way."""
+def snapshots_of(student, steps, emas, ema_warmup: bool, wanted: set[int]) -> dict[int, nn.Module]:
+    """Run training steps, each followed by (EMA, decay) pairs, and keep copies of the student."""
     kept = {}
     for iteration in steps:
         for ema, decay in emas:
@@ -438,6 +385,16 @@ def snapshots_of(
         if iteration in wanted:
             kept[iteration] = frozen(student)
     return kept
+
+
+def adam(weights: list[Tensor], rate: float, iterations: int, warmup: int):
+    """Adam, up to the rate in `warmup` iterations, then constant, in the second half down to 0."""
+    optimizer = torch.optim.Adam(weights, rate, fused=True)
+
+    def factor(i: int) -> float:
+        return min((i + 1) / warmup, 1, 2 - 2 * i / iterations)
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 # --------------------------------------------------------------------------------------- measuring
@@ -471,9 +428,9 @@ def energy_distance(x: Tensor, y: Tensor, directions: int = 16) -> float:
     axes = torch.stack([angle.cos(), angle.sin()])
     x, y = (x @ axes).T.numpy(), (y @ axes).T.numpy()
 
-    def pair_sum(z):  # sum over i < j of |z_i - z_j|, averaged over the directions
+    def pair_sum(z) -> float:  # sum over i < j of |z_i - z_j|, averaged over the directions
         rank = 2.0 * np.arange(z.shape[1]) - z.shape[1] + 1
-        return math.pi / 2 * (np.sort(z) @ rank).mean()
+        return math.pi / 2 * (np.sort(z) @ rank).mean().item()
 
     n, m = x.shape[1], y.shape[1]
     xx, yy = pair_sum(x), pair_sum(y)
@@ -487,9 +444,7 @@ def sample(net: nn.Module, x: Tensor, steps: int, shift: float = 1.0) -> Tensor:
     return torch.cat([sc.euler_sample(net, part, times) for part in x.split(2048)])
 
 
-def calibrate(
-    base: nn.Module, student: nn.Module, noise: Tensor, steps: int, shift: float = 1.0
-) -> float:
+def calibrate(base: nn.Module, student: nn.Module, noise: Tensor, steps: int, shift=1.0) -> float:
     """Scale of the student for a number of steps, from validation noise alone: lam*, then a search.
 
     Of the scales within a factor of 1.6 around lam* it takes the one whose samples are, as a set,
@@ -509,33 +464,34 @@ def calibrate(
 def errors_of(students: Rows, probe: Probe, steps: int, shift: float) -> Rows:
     """Energy distance of each student's snapshots in so many steps."""
 
-    def error(_, net: nn.Module) -> float:
+    def error(iteration: int, net: nn.Module) -> float:
         return energy_distance(sample(net, probe.noise, steps, shift), probe.data) / UNIT
 
-    return per_cell(students, error)
+    return each(students, error)
 
 
 def lams_of(students: Rows, base: nn.Module, probe: Probe, steps: int, shift: float) -> Rows:
     """lam* of each student's snapshots for so many steps."""
     path = sc.teacher_path(base, probe.validation, sc.time_grid(steps, shift))
-    return per_cell(students, lambda _, net: sc.optimal_scale(net, path).item())
+    return each(students, lambda iteration, net: sc.optimal_scale(net, path).item())
 
 
-def per_cell(rows: Rows, function: Callable) -> Rows:
-    """function(column, cell) in place of each cell."""
+def each(rows: Rows, function: Callable[[int, Any], Any]) -> Rows:
+    """The rows with function(column, cell) in place of every cell."""
     return {
         name: {column: function(column, cell) for column, cell in row.items()}
         for name, row in rows.items()
     }
 
 
-def table(energy: Rows, rms: Rows, scales: dict[int, float], floor: float, base: str) -> str:
+def table(energy: Rows, rms: Rows, scales: dict[int, float], floor: float) -> str:
     """What the program prints."""
 
-    def line(name: str, form: str, values) -> str:
+    def line(name: str, form: str, values: Iterable) -> str:
         return f"{name:19s}" + "".join(f"{value:{form}}" for value in values)
 
-    lines = [line("Euler steps", "9d", next(iter(energy.values())))]
+    base, columns = next(iter(energy.items()))
+    lines = [line("Euler steps", "9d", columns)]
     lines += [f"energy distance to fresh data, x 1e-4 (data to data: 0 +- {floor:.1f})"]
     lines += [line(f"  {name}", "9.1f", row.values()) for name, row in energy.items()]
     lines += [f"RMS distance to where {FINE_STEPS} steps of the {base} end"]
@@ -564,16 +520,20 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(part, dpi=100, metadata={"Software": MARK})
 
 
+def in_steps(n: int) -> str:
+    return "1 step" if n == 1 else f"{n} steps"
+
+
 def plot_samples(samples: Rows, energy: Rows, probe: Probe, path: Path) -> None:
     """Densities: unlike scatter plots they show holes, and mass where none belongs."""
     columns = len(next(iter(samples.values()))) + 1
     height = 2.2 * len(samples) + 0.4
-    figure = Figure((16, height))
+    figure = Figure((2 * columns, height))
     grid = figure.subplots(len(samples), columns)
     figure.subplots_adjust(0.02, 0.01, 0.998, 1 - 0.6 / height, wspace=0.04, hspace=0.15)
     edges = np.linspace(-1.15, 1.15, 81) * probe.data.abs().max().item()
     for axes, (name, row) in zip(grid, samples.items()):
-        titles = [f"{n} step{'s' * (n > 1)}: {energy[name][n]:.1f}" for n in row]
+        titles = [f"{in_steps(n)}: {energy[name][n]:.1f}" for n in row]
         titles.append(f"data: 0 ± {probe.floor:.1f}")
         for axis, points, title in zip(axes, [*row.values(), probe.data], titles):
             image = np.histogram2d(*points.T.numpy(), bins=[edges, edges])[0].T
@@ -589,43 +549,42 @@ def draw_lines(axis, lines: Rows) -> None:
     for name, points in lines.items():
         axis.plot(list(points), list(points.values()), "o-", ms=4, color=COLORS[name], label=name)
     axis.set(xscale="log", yscale="log")
-    for ticks in (axis.xaxis, axis.yaxis):
-        ticks.set_major_formatter("{x:g}")
     axis.minorticks_off()
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def draw_floor(axis, floor: float) -> None:
-    """The distances that are no more than data have to data. The axis starts amid them."""
+    """Distances as short as from data to data; what is below half of that is at the bottom."""
     axis.axhspan(0, floor, color=COLORS["data"], alpha=0.5, lw=0, label="data to data")
     axis.set_ylim(bottom=floor / 2)
 
 
 def plot_progress(errors: dict, lams: dict, energy: Rows, floor: float, path: Path) -> None:
-    """Above: error over training, a panel for each number of steps. Below: lam*."""
-    rows = 2 if lams else 1
-    figure = Figure((3.6 * len(errors), 2.9 * rows + 0.5), layout="constrained")
-    grid = figure.subplots(rows, len(errors), sharex=True, sharey="row", squeeze=False)
-    base, first_row = next(iter(energy.items()))
+    """Error over training, a panel for each number of steps; below it lam*, if there is any."""
+    rows = [errors, lams] if lams else [errors]
+    figure = Figure((3.6 * len(errors), 2.9 * len(rows) + 0.5), layout="constrained")
+    grid = figure.subplots(len(rows), len(errors), sharex=True, sharey="row", squeeze=False)
+    base = next(iter(energy))
     for axis, (n, lines) in zip(grid[0], errors.items()):
         draw_lines(axis, lines)
-        axis.axhline(first_row[n], color=COLORS[base], ls="--", label=base)
+        axis.axhline(energy[base][n], color=COLORS[base], ls="--", label=base)
         draw_floor(axis, floor)
-        axis.set_title(f"{n} step{'s' * (n > 1)}")
-    grid[0, 0].set_ylabel("energy distance, x 1e-4")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    if lams:
-        for axis, lines in zip(grid[1], lams.values()):
-            draw_lines(axis, lines)
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.axhline(1, color="black", lw=0.8)
-        grid[1, 0].set_ylabel("best scale λ*")
+        axis.set_title(in_steps(n))
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    for axis, lines in zip(grid[-1], lams.values()):
+        draw_lines(axis, lines)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.axhline(1, color="black", lw=0.8)
+    for axis, label in zip(grid[:, 0], ("energy distance, x 1e-4", "best scale λ*")):
+        axis.set_ylabel(label)
     for axis in grid[-1]:
         axis.set_xlabel("iteration")
     save(figure, path)
 
 
-def plot_quality(energy: Rows, floor: float, path: Path) -> None:
+def plot_quality(energy: Rows, steps: int, floor: float, path: Path) -> None:
     """Error over the number of steps."""
     figure = Figure((6.4, 4.8), layout="constrained")
     axis = figure.subplots()
@@ -633,7 +592,8 @@ def plot_quality(energy: Rows, floor: float, path: Path) -> None:
     draw_floor(axis, floor)
     axis.set_xticks(STEPS, STEPS)
     axis.minorticks_off()
-    axis.set(xlabel="Euler steps", ylabel="energy distance to the data, x 1e-4")
+    axis.set(xlabel=f"Euler steps (matched: trained for {steps})")
+    axis.set(ylabel="energy distance to the data, x 1e-4")
     figure.legend(loc="outside upper center", ncols=3)
     save(figure, path)
 
@@ -653,35 +613,36 @@ class Panel(NamedTuple):
         return torch.stack(states)
 
 
-def draw_panels(panels: list[Panel], data: Tensor) -> tuple[Figure, list]:
+def draw_panels(panels: list[Panel], data: Tensor, height: float) -> tuple[Figure, list]:
     """A square for each panel, with the data faint in it."""
-    figure = Figure((3.6 * len(panels), 4.2), layout="constrained")
+    figure = Figure((3.6 * len(panels), height), layout="constrained")
     axes = figure.subplots(1, len(panels))
     limit = max(1.15 * data.abs().max().item(), 3)
     for axis, panel in zip(axes, panels):
         axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect=1)
-        title = f"{panel.name}, {panel.steps} step{'s' * (panel.steps > 1)}"
+        title = f"{panel.name}, {in_steps(panel.steps)}"
         axis.set_title(title, fontsize=12, color=COLORS[panel.name], fontweight="bold")
         axis.scatter(*data[:4000].T, s=2, color=COLORS["data"], alpha=0.35, lw=0, label="data")
     return figure, axes
 
 
 def plot_paths(panels: list[Panel], probe: Probe, shift: float, path: Path) -> None:
-    figure, axes = draw_panels(panels, probe.data)
+    """The way of some samples from noise to data."""
+    figure, axes = draw_panels(panels, probe.data, 4.4)
     for axis, panel in zip(axes, panels):
-        states = panel.states(probe.noise[:160], shift)
-        color = COLORS[panel.name]
+        states, color = panel.states(probe.noise[:160], shift), COLORS[panel.name]
         axis.add_collection(LineCollection(states.transpose(0, 1), colors=color, lw=0.7, alpha=0.6))
         axis.scatter(*states[0].T, s=7, color="#a9b4c0", lw=0, label="noise", zorder=3)
         axis.scatter(*states[-1].T, s=15, color="black", lw=0, label="sample", zorder=3)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, markerscale=2)
+    legend = figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    for handle in legend.legend_handles:
+        handle.set(alpha=1, sizes=[30])
     save(figure, path)
 
 
 def animate(panels: list[Panel], probe: Probe, shift: float, path: Path) -> None:
     """A GIF of noise flowing to data along each sampler's own paths, straight between its steps."""
-    figure, axes = draw_panels(panels, probe.data)
+    figure, axes = draw_panels(panels, probe.data, 3.9)
     paths = [panel.states(probe.noise[:1500], shift) for panel in panels]
     dots = [
         axis.scatter(*states[0].T, s=4, color=COLORS[panel.name], lw=0)
