@@ -69,8 +69,8 @@ def done(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def args(tmp_path_factory):
-    """Settings of a short run, its cache made."""
+def setup(tmp_path_factory):
+    """A short run that is prepared, its cache filled."""
     from tiny_runs import prepared
 
-    return prepared(tmp_path_factory.mktemp("args") / "out")
+    return prepared(tmp_path_factory.mktemp("setup") / "out")

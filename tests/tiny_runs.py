@@ -3,37 +3,52 @@
 import json
 import os
 import shutil
-from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 import flux_distill as fd
 
-SHIPPED = fd.FINE, fd.STEPS
-fd.FINE, fd.STEPS = 8, (2, 3)  # quicker
 TINY = Path(__file__).parent / "tiny_flux"
 SMALL = f"""--model {TINY} --prompts {TINY / "prompts.txt"} --resolution 32 --iterations 4 --batch 4
     --rank 4 --learning-rate 3e-3 --held-out 3 --noises 2 --limit 6 --validate-every 2
-    --checkpoint-every 2"""
+    --checkpoint-every 2 --teacher-steps 8 --steps 2 3"""
 
 
-def run(out, *more):
+def run(out: Path, *more) -> None:
+    """A whole run, as the command does it."""
     fd.main([*SMALL.split(), "--out", str(out), *map(str, more)])
 
 
-def prepared(out, *more) -> Namespace:
-    """Settings as main prepares them, with the cache made."""
-    args = fd.parse([*SMALL.split(), "--out", str(out), *map(str, more)])
-    fd.prepare(args)
-    fd.make_cache(args)
-    return args
+def parsed(out: Path, *more) -> fd.Settings:
+    return fd.parse([*SMALL.split(), "--out", str(out), *map(str, more)])
+
+
+def prepared(out: Path, *more) -> SimpleNamespace:
+    """All that the phases need, with the cache filled."""
+    settings, machine = parsed(out, *more), fd.Machine()
+    found, cache = fd.prepare(settings, machine)
+    fd.fill_cache(settings, cache)
+    costs = fd.Costs(found.out / "costs.json", machine)
+    return SimpleNamespace(settings=settings, machine=machine, run=found, cache=cache, costs=costs,
+                           model=cache.model, data=cache.data)  # fmt: skip
+
+
+def new_lora(setup: SimpleNamespace, **change) -> fd.LoRA:
+    """A LoRA on a freshly loaded transformer; `change`: other settings."""
+    settings = fd.replace(setup.settings, **change)
+    return fd.LoRA(setup.model.family, setup.model.load("image", fresh=True).transformer, settings)
+
+
+def train(setup: SimpleNamespace) -> tuple[fd.Validation, fd.TrainState]:
+    """Phase 2."""
+    return fd.train_student(setup.settings, setup.cache, setup.run, setup.costs)
 
 
 def copied(folder: Path, to: Path) -> Path:
@@ -42,11 +57,10 @@ def copied(folder: Path, to: Path) -> Path:
 
 def same_run(a: Path, b: Path) -> bool:
     """The same log and, to the bit, the same weights; metadata have no order in a file."""
-    for name in (fd.LORA, "checkpoint/state.safetensors"):
+    for name in (fd.LORA, fd.STATE):
         ours, theirs = load_file(a / name), load_file(b / name)
-        assert ours.keys() == theirs.keys() and all(
-            map(torch.equal, ours.values(), theirs.values())
-        )
+        assert ours.keys() == theirs.keys()
+        assert all(map(torch.equal, ours.values(), theirs.values()))
         assert fd.read_metadata(a / name) == fd.read_metadata(b / name)
     return (a / "log.csv").read_bytes() == (b / "log.csv").read_bytes()
 
@@ -57,26 +71,11 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
-def train(out, *more):
-    args = prepared(out, *more)
-    fd.train(args)
-    with safe_open(args.state, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, fd.read_metadata(args.state)  # noqa: SIM118
-
-
-def picture(mode, size=(64, 48)):
+def picture(mode: str, size: tuple[int, int] = (64, 48)) -> Image.Image:
     values = np.linspace(0, 255, size[0] * size[1] * 4).reshape(size[1], size[0], 4)
     if mode == "I;16":
         return Image.fromarray((values[..., 0] * 257).astype(np.uint16))
     return Image.fromarray(values.astype(np.uint8)).convert(mode)
-
-
-def folder_of(images: Path) -> Namespace:
-    """What read_images uses of the settings."""
-    return Namespace(
-        images=images, out=images / "out", model_print="", device="cpu", resolution=64,
-        process=0, processes=1, lead=True, quiet={},
-    )  # fmt: skip
 
 
 def edited(tmp_path: Path, file: str, **change) -> Path:
@@ -87,7 +86,8 @@ def edited(tmp_path: Path, file: str, **change) -> Path:
     return folder
 
 
-def says(pattern, *argv):
+def says(pattern: str, *argv) -> None:
+    """The command ends with one sentence that matches."""
     with pytest.raises(SystemExit, match=pattern) as stopped:
         fd.main([*SMALL.split(), *map(str, argv)])
     assert "\n" not in str(stopped.value) and "Traceback" not in str(stopped.value)
