@@ -42,10 +42,14 @@ PACKAGES = ("torch", "numpy", "diffusers", "transformers", "peft", "accelerate")
 
 
 class Task(NamedTuple):
-    """Calls measure(length=..., **settings), which returns a dict that JSON can hold."""
+    """Calls measure(length=..., **settings), which returns a dict that JSON can hold.
+
+    after: an earlier part, of one task; what that found is given as the argument `given`.
+    """
 
     measure: Callable[..., dict]
     settings: dict
+    after: str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,11 +126,11 @@ def save(rows: Sequence[Row], path: Path) -> None:
     part.replace(path)
 
 
-def run(task: Task, length: float) -> tuple[dict, float, dict]:
-    """What a task finds, the seconds it takes and its origin."""
+def run(task: Task, more: dict) -> tuple[dict, float, dict]:
+    """What a task finds, given more arguments; the seconds it takes and its origin."""
     torch.set_num_threads(1)
     started = time.perf_counter()
-    found = as_kept(task.measure(length=length, **task.settings))
+    found = as_kept(task.measure(**task.settings, **more))
     return found, time.perf_counter() - started, origin()
 
 
@@ -142,23 +146,29 @@ def collect(
     fresh: measure all of them again. Without a path nothing is kept.
     """
 
-    def key(part: str, settings: dict, length: float) -> str:
+    def key(part: str, settings: dict) -> str:
         return json.dumps([part, as_kept(settings), length])
 
-    wanted = {}
-    for part, some in tasks.items():
-        wanted |= {key(part, task.settings, length): (part, task) for task in some}
-    rows = {key(row.part, row.settings, row.length): row for row in load(path)} if path else {}
-    missing = [k for k in wanted if fresh or k not in rows]
+    kept = load(path) if path else []
+    rows = {json.dumps([row.part, row.settings, row.length]): row for row in kept}
+    collected = []
     with ProcessPoolExecutor(jobs) as pool:
-        futures = {pool.submit(run, wanted[k][1], length): k for k in missing}
-        for future in as_completed(futures):
-            part, task = wanted[futures[future]]
-            row = Row(part, as_kept(task.settings), length, *future.result())
-            rows[futures[future]] = row
-            if path:
-                save([*rows.values()], path)
-    return [rows[k] for k in wanted]
+        for part, some in tasks.items():
+            futures = {}
+            for task in some:
+                if fresh or key(part, task.settings) not in rows:
+                    more = {"length": length}
+                    if task.after:
+                        more["given"] = where(collected, task.after)[0].found
+                    futures[pool.submit(run, task, more)] = task
+            for future in as_completed(futures):
+                settings = futures[future].settings
+                row = Row(part, as_kept(settings), length, *future.result())
+                rows[key(part, settings)] = row
+                if path:
+                    save([*rows.values()], path)
+            collected += [rows[key(part, task.settings)] for task in some]
+    return collected
 
 
 def where(rows: Sequence[Row], part: str, **settings) -> list[Row]:
@@ -191,7 +201,7 @@ def column(rows: Sequence[Row], *keys) -> np.ndarray:
 
 def flags(doc: str, parts: Sequence[str], flows: Sequence[str], seeds: int) -> ArgumentParser:
     """The flags of every benchmark."""
-    parser = ArgumentParser(description=doc.split(": ")[0])
+    parser = ArgumentParser(description=doc.splitlines()[0])
     add = parser.add_argument
     if len(parts) > 1:
         add("--parts", nargs="+", choices=parts, default=parts, help="what to measure")

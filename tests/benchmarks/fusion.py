@@ -18,11 +18,11 @@ import copy
 from functools import cache
 
 import common
-import images
+import common_flux
 import numpy as np
 import torch
+from common_flux import tiny
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from images import tiny
 from torch import Tensor
 
 import shortcut as sc
@@ -145,7 +145,7 @@ class TinyFlux:
     """The stock pipeline, its captions, latents (B, C, H, W) and a velocity around a network."""
 
     def __init__(self, count: int):
-        self.pipe = FluxPipeline.from_pretrained(images.TINY, dtype=torch.float32)
+        self.pipe = FluxPipeline.from_pretrained(common_flux.TINY, dtype=torch.float32)
         with torch.no_grad():
             self.texts, self.pooled, _ = self.pipe.encode_prompt(
                 tiny.CAPTIONS, tiny.CAPTIONS, max_sequence_length=tiny.TEXT_TOKENS
@@ -156,7 +156,7 @@ class TinyFlux:
     def rendered(self, captions: Tensor, generator) -> Tensor:
         """Latents of rendered images."""
         parts = [tiny.render(part, generator) for part in captions.split(500)]
-        return torch.cat([images.encoded(self.pipe.vae, part) for part in parts])
+        return torch.cat([common_flux.encoded(self.pipe.vae, part) for part in parts])
 
     def cond(self, captions: Tensor, guidance: Tensor) -> dict[str, Tensor]:
         return dict(text=self.texts[captions], pooled=self.pooled[captions], guidance=guidance)
@@ -228,19 +228,19 @@ def measure_flux(recipe: str, seed: int, length: float) -> dict:
         net = pretrain(world, recipes(0.99)[recipe], count, seed)
     generator = torch.Generator().manual_seed(30_000 + seed)
     velocity = world.velocity(net)
-    judge = images.train_judge(common.shortened(500, length))
+    judge = common_flux.train_judge(common.shortened(500, length))
     found = judged(world, judge, velocity, generator, length)
     return found | {"loss": flow_matching_loss(world, velocity, generator)}
 
 
 @torch.no_grad()
-def judged(world: TinyFlux, judge: images.Judge, velocity, generator, length: float) -> dict:
+def judged(world: TinyFlux, judge: common_flux.Judge, velocity, generator, length: float) -> dict:
     """Fréchet distance and fraction of captions shown, by steps."""
     vae = world.pipe.vae
-    held_out = [tiny.CAPTIONS.index(caption) for caption in images.held_out_captions()]
+    held_out = [tiny.CAPTIONS.index(caption) for caption in common_flux.held_out_captions()]
     captions = torch.tensor(held_out).repeat(common.shortened(NOISES, length))
     rendered = world.rendered(captions, generator)
-    truth = images.look(judge, images.decoded(vae, rendered), captions)
+    truth = common_flux.look(judge, common_flux.decoded(vae, rendered), captions)
     noise = torch.randn(rendered.shape, generator=generator)
     found = {"frechet": {}, "shown": {}}
     for n in FLUX_STEPS:
@@ -248,8 +248,8 @@ def judged(world: TinyFlux, judge: images.Judge, velocity, generator, length: fl
         for rows in torch.arange(len(noise)).split(256):
             cond = world.cond(captions[rows], torch.full((len(rows),), 3.5))
             ends.append(sc.euler_sample(velocity, noise[rows], sc.time_grid(n), **cond))
-        seen = images.look(judge, images.decoded(vae, torch.cat(ends)), captions)
-        found["frechet"][n] = images.frechet(truth, seen)
+        seen = common_flux.look(judge, common_flux.decoded(vae, torch.cat(ends)), captions)
+        found["frechet"][n] = common_flux.frechet(truth, seen)
         found["shown"][n] = seen["shown"]
     return found
 
