@@ -10,7 +10,8 @@ the toy's) of 512 rows with 6 calls each: 6.14 million, which is also what the t
 takes. On the tiny Flux it has 200 of 64 rows. All distilling methods have the same budget; the one
 from scratch has the teacher's in addition. A calibrated scale takes 0.5 to 2 % more, not counted.
 Network, batch, Adam and schedule are the toy's; the step comes as 9 more inputs. On the tiny Flux,
-LoRA and AdamW are those of flux_distill.py, and the rate of the others falls in the second half.
+LoRA and AdamW are those of flux_distill.py; the rate of the others, but for direct regression,
+falls in the second half.
 The step comes by a small MLP, at first 0, into the embedding of time.
 
 Each method is sampled in its own way. A progressive student of N steps knows only the N times of
@@ -30,6 +31,7 @@ from itertools import product
 from pathlib import Path
 
 import common
+import common_flux
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -398,136 +400,110 @@ def table_of_settings(rows: list[common.Row]) -> list[str]:
 
 FLUX_STEPS = (2, 3, 4, 8)
 FLUX_SETTINGS = {
+    "direct, 4 calls": dict(calls=4, rate=1e-3),
+    "direct, 8 calls": dict(calls=8, rate=1e-3),
     "down to 3": dict(ladder=(48, *DOWN_TO_3), rate=1e-3, growth=2.0),
     "distilled": dict(rate=1e-3, decay=0.95, plain=0.25, finest=32),
 }
 
 
-class TinyFlux:
-    """One LoRA over the tiny Flux, pairs and held-out captions: flux.py's demonstration, shift 1.
+class StepFlux(common_flux.TinyFlux):
+    """The tiny Flux with a LoRA, whose velocity may also be told a step d.
 
     A network is a set of LoRA weights (P,) and, where it is told d, an embedder of d: its output is
     added to the embedding of time, guidance and text.
     """
 
-    def __init__(self, out: Path, seed: int, length: float):
-        import flux as demo
-
-        fd = self.fd = demo.fd
-        self.args = demo.demonstration(out, seed, length=length)
-        fd.make_cache(self.args)
-        self.adapter = fd.Adapter(self.args)
-        self.start = self.adapter.switch.weights.clone()
-        self.fine = {}
-        self.pairs = fd.read(self.args, "text", [pair.text for pair in self.args.pairs])
-        rows = range(len(self.args.pairs))
-        self.latents = fd.read(self.args, "latent", rows)["latent"].flatten(1, 2)
+    def __init__(self, settings):
+        super().__init__(settings)
+        calls = common.network_calls(common.matched(3))
+        self.budget = settings.iterations * settings.batch * calls  # that of our student
         self.of_step = 0.0  # what is added to the embedding
-        self.adapter.net.time_text_embed.register_forward_hook(
+        self.pipe.transformer.time_text_embed.register_forward_hook(
             lambda module, given, embedding: embedding + self.of_step
         )
 
     def embedder(self) -> nn.Module:
         """An embedder of steps d, which at first adds 0."""
-        torch.manual_seed(self.args.seed)
-        width = self.adapter.net.inner_dim
+        torch.manual_seed(self.settings.seed)
+        width = self.pipe.transformer.inner_dim
         layers = nn.Sequential(nn.Linear(9, width), nn.SiLU(), nn.Linear(width, width))
-        for p in layers[-1].parameters():
-            nn.init.zeros_(p)
+        for weight in layers[-1].parameters():
+            nn.init.zeros_(weight)
         return layers
 
-    def velocity(self, weights, embedder=None):
-        """v(x, t, d=None, **cond) of this network; weights None: the teacher."""
-        plain = self.adapter.velocity(weights, self.args.size)
+    def velocity(self, weights: Tensor | None, embedder: nn.Module | None = None) -> sc.Velocity:
+        """v(x, t, d=None, **cond) of this network, for up to --batch rows; None: the teacher."""
+        plain = self.lora.velocity(weights)
 
-        def velocity(x, t, *, d=None, **cond):
+        def velocity(x: Tensor, t: Tensor, *, d: Tensor | None = None, **cond: Tensor) -> Tensor:
             self.of_step = 0.0 if d is None else embedder(fourier(d))
             return plain(x, t, **cond)
 
         return velocity
 
-    def draw(self, *key):
-        """Generator, latents, noise and conditions of a batch."""
-        generator = self.fd.keyed(self.args.seed, "baselines", *key)
-        rows = torch.randint(len(self.latents), (self.args.batch,), generator=generator)
-        x_0, cond = self.latents[rows], {name: x[rows] for name, x in self.pairs.items()}
-        cond["guidance"] = 8 * torch.rand(len(rows), generator=generator)
-        return generator, x_0, torch.randn(x_0.shape, generator=generator), cond
 
-    def optimizer(self, lora, rate, iterations, more=()):
-        """A function that takes a step down a loss; in the second half the rate falls to 0.
+def direct_on_flux(world: StepFlux, *, calls: int, rate: float) -> sc.Velocity:
+    """A student of 3 steps, by direct regression with so many teacher calls a row."""
+    weights = world.lora.initial_weights()
+    teacher, student = world.velocity(None), world.velocity(weights)
+    config = common.matched(3)
 
-        lora: the student's LoRA weights (P,); more: parameters of its embedder.
-        """
-        weights = [lora, *more]
-        adamw = torch.optim.AdamW(weights, rate, weight_decay=1e-4)
-        factor = lambda i: min(1, 2 - 2 * i / iterations)  # noqa: E731
-        schedule = torch.optim.lr_scheduler.LambdaLR(adamw, factor)
+    def loss(iteration: int) -> Tensor:
+        generator, x_0, noise, cond = world.draw("direct", iteration)
+        return common.direct_loss(config, calls, teacher, student, x_0, noise, generator, **cond)
 
-        def step(loss):
-            loss.backward()
-            self.adapter.move_gradients(lora, 1.0)
-            nn.utils.clip_grad_norm_(weights, 10.0)
-            adamw.step()
-            adamw.zero_grad()
-            schedule.step()
+    count = round(world.budget / (world.settings.batch * (3 + calls)))
+    for _ in world.minimize(loss, weights, count, rate):
+        pass
+    return student
 
-        return step
 
-    @torch.no_grad()
-    def distances(self, nets: dict, purpose: str) -> dict[int, float]:
-        """RMSE of latents to 32 steps of the teacher, for {steps: velocity}; held-out captions."""
-        args, fd = self.args, self.fd
-        texts = {"compare": args.comparison, "validation": args.validation}[purpose]
-        rows = [(i, k) for k in range(args.noises) for i in texts]
-        cond = fd.read(args, "text", [i for i, _ in rows])
-        cond["guidance"] = torch.full((len(rows),), args.guidance)
-        noise = fd.noises(args, [(purpose, *row) for row in rows])
+def progressive_on_flux(world: StepFlux, *, ladder, rate: float, growth: float) -> sc.Velocity:
+    """The network of the last rung. Each rung's teacher is the LoRA of the rung before."""
+    weights = None
+    iterations = world.budget / (world.settings.batch * TWO_VELOCITIES)
+    for N, count in rungs(ladder, iterations, growth):
+        before = world.velocity(weights)
+        weights = world.lora.initial_weights() if weights is None else weights.clone()
+        student = world.velocity(weights)
 
-        def end(velocity, n):
-            return sc.euler_sample(velocity, noise, sc.time_grid(n), **cond)
+        def loss(iteration: int, N=N, student=student, before=before) -> Tensor:
+            generator, x_0, noise, cond = world.draw("progressive", N, iteration)
+            return progressive_loss(N, student, before, x_0, noise, generator, **cond)
 
-        if purpose not in self.fine:
-            self.fine[purpose] = end(self.velocity(None), fd.FINE)
-        return {n: fd.rms(end(velocity, n) - self.fine[purpose]) for n, velocity in nets.items()}
+        for _ in world.minimize(loss, weights, count, rate, falling=True):
+            pass
+    return student
 
-    def progressive(self, *, ladder, rate, growth) -> dict:
-        """Velocities of the rungs: each rung's teacher is the LoRA of the rung before."""
-        before, kept = None, {}
-        for N, count in rungs(ladder, self.args.iterations, growth):
-            weights = (self.start if before is None else before).clone()
-            step = self.optimizer(weights, rate, count)
-            student, teacher = self.velocity(weights), self.velocity(before)
-            for i in range(count):
-                generator, x_0, noise, cond = self.draw(N, i)
-                step(progressive_loss(N, student, teacher, x_0, noise, generator, **cond))
-            before, kept[N] = weights, student
-        return kept
 
-    def shortcut_model(self, *, rate, decay, plain, finest):
-        """Velocity v(x, t, d): the average of LoRA and embedder."""
-        lora = self.start.clone()
-        embedder = self.embedder()
-        weights = [lora, *embedder.parameters()]
-        slow_lora = lora.clone()
-        slow_embedder = copy.deepcopy(embedder).requires_grad_(False)
-        average = [slow_lora, *slow_embedder.parameters()]
-        batch = self.args.batch
-        k, count = step_size_rows(self.args.iterations * 5 * batch, batch, plain, True)
-        step = self.optimizer(lora, rate, count, embedder.parameters())
-        student, slow = self.velocity(lora, embedder), self.velocity(slow_lora, slow_embedder)
-        teacher = self.velocity(None)
-        for i in range(count):
-            generator, x_0, noise, cond = self.draw("step size", i)
-            step(step_size_loss(k, finest, student, slow, teacher, x_0, noise, generator, **cond))
-            sc.update_ema(average, weights, decay)
-        return slow
+def shortcut_model_on_flux(
+    world: StepFlux, *, rate: float, decay: float, plain: float, finest: int
+) -> sc.Velocity:
+    """v(x, t, d) of the EMA of LoRA and embedder."""
+    weights, embedder = world.lora.initial_weights(), world.embedder()
+    ema_weights, ema_embedder = weights.clone(), toy_2d.frozen(embedder)
+    teacher = world.velocity(None)
+    student, ema = world.velocity(weights, embedder), world.velocity(ema_weights, ema_embedder)
+    k, count = step_size_rows(world.budget, world.settings.batch, plain, True)
+
+    def loss(iteration: int) -> Tensor:
+        generator, x_0, noise, cond = world.draw("step size", iteration)
+        return step_size_loss(k, finest, student, ema, teacher, x_0, noise, generator, **cond)
+
+    others = list(embedder.parameters())
+    for _ in world.minimize(loss, weights, count, rate, falling=True, others=others):
+        emas = [ema_weights, *ema_embedder.parameters()]
+        sc.update_ema(emas, [weights, *others], decay)
+    return ema
 
 
 def tried_on_flux(method: str) -> list[dict]:
     """Settings to compare: rates with ladders or fractions of plain rows, then around the best."""
     best = FLUX_SETTINGS[method]
     rates = (5e-4, 1e-3, 2e-3)
+    if method.startswith("direct"):
+        return [best | {"rate": rate} for rate in rates]
     if method == "down to 3":
         ladders = (DOWN_TO_3[1:], DOWN_TO_3, (48, *DOWN_TO_3))
         tries = product(ladders, rates)
@@ -539,37 +515,41 @@ def tried_on_flux(method: str) -> list[dict]:
     return [best | one for one in changes]
 
 
-def errors_on_flux(tiny: TinyFlux, method: str, settings: dict, purpose: str) -> dict[int, float]:
-    """RMSE at all step counts: of the last progressive network, or of the shortcut model."""
+def errors_on_flux(world: StepFlux, method: str, settings: dict, purpose: str) -> dict[int, float]:
+    """RMSE at all step counts."""
     if method == "distilled":
-        informed = tiny.shortcut_model(**settings)
+        informed = shortcut_model_on_flux(world, **settings)
         nets = {n: at(informed, n) for n in FLUX_STEPS}
     else:
-        nets = dict.fromkeys(FLUX_STEPS, tiny.progressive(**settings)[3])
-    return tiny.distances(nets, purpose)
+        train = progressive_on_flux if method == "down to 3" else direct_on_flux
+        nets = dict.fromkeys(FLUX_STEPS, train(world, **settings))
+    return {n: world.distance(net, n, purpose) for n, net in nets.items()}
 
 
 def measure_settings_on_flux(method: str, settings: dict, length: float) -> dict:
     """Errors with these settings on the validation captions of the tuning seed."""
     with tempfile.TemporaryDirectory() as folder:
-        tiny = TinyFlux(Path(folder), 100, length)
-        return {"errors": errors_on_flux(tiny, method, settings, "validation")}
+        world = StepFlux(common_flux.demonstration(Path(folder), 100, length=length))
+        return {"errors": errors_on_flux(world, method, settings, "validation")}
 
 
 def measure_flux(method: str, seed: int, length: float) -> dict:
-    """Errors of a method on the tiny Flux; of the teacher and ours by the demonstration."""
-    import flux as demo
-
+    """Errors of a method on the tiny Flux; "ours" is the demonstration, with its scales."""
     with tempfile.TemporaryDirectory() as folder:
-        if method in FLUX_SETTINGS:
-            tiny = TinyFlux(Path(folder), seed, length)
-            return {"errors": errors_on_flux(tiny, method, FLUX_SETTINGS[method], "compare")}
-        rows = demo.measure(Path(folder), "all pairs", seed, length)
-    sampler = "teacher" if method == "teacher" else "student"
-    found = {"errors": {n: rows[sampler, n]["rmse"] for n in FLUX_STEPS}}
-    if method == "ours":
-        found["scaled"] = {n: rows["student, scaled", n]["rmse"] for n in FLUX_STEPS}
-    return found
+        how = dict(steps=FLUX_STEPS, length=length)
+        settings = common_flux.demonstration(Path(folder), seed, **how)
+        if method == "ours":
+            rows = common_flux.distil(settings)["table"]
+            student, scaled = (
+                {row["steps"]: row["rmse"] for row in rows if row["sampler"] == sampler}
+                for sampler in ("student", "student, scaled")
+            )
+            return {"errors": student, "scaled": scaled}
+        world = StepFlux(settings)
+        if method == "teacher":
+            teacher = world.velocity(None)
+            return {"errors": {n: world.distance(teacher, n) for n in FLUX_STEPS}}
+        return {"errors": errors_on_flux(world, method, FLUX_SETTINGS[method], "compare")}
 
 
 if __name__ == "__main__":

@@ -10,14 +10,20 @@ its search once. The teacher's training is not counted.
 Both recipes have the same settings to choose from: EMA and batch, SETTINGS; on each line of a table
 the best one counts ("tuned"). `--parts tune` (seed 100, moons and gaussians) tries three rates with
 each of them. For comparison: "published", the paper's recipe with its own EMA decays, 0.99 / 0.999
-from the start (2 seeds, for it takes the longest), and "shipped", ours as toy_2d.py trains.
+from the start (2 seeds, for it takes the longest), and "shipped", ours as toy_2d.py trains. On the
+tiny Flux: FLUX_SETTINGS.
 """
 
+import tempfile
 from itertools import product
+from pathlib import Path
 
 import common
+import common_flux
 import numpy as np
 
+import flux_distill as fd
+import shortcut as sc
 import toy_2d
 
 SNAPSHOTS = sorted(round(4000 * 2 ** (-k / 3)) for k in range(31))  # 4 to 4,000
@@ -45,14 +51,19 @@ SEARCH = (3 * 18 + toy_2d.FINE_STEPS + 21 * 3) * 256
 # ------------------------------------------------------------------------------------- measurements
 
 
+def config_of(recipe: str, ema: str) -> tuple[sc.ShortcutConfig | sc.MatchedConfig, bool]:
+    """Config of a recipe, and whether its EMAs are warmed up."""
+    fast, slow, ema_warmup = EMAS[ema]
+    if recipe == "paper":
+        return common.paper(0.4, fast_decay=fast, slow_decay=slow), ema_warmup
+    return common.matched(3, slow_decay=slow), ema_warmup
+
+
 def measure_curve(recipe: str, setting: dict, flow: str, seed: int, length: float) -> dict:
     """3-step errors of the snapshots of one training, at scale 1 and at the calibrated scale."""
     on = common.FlowMeasure(flow, seed, length)
     teacher = common.train_teacher(flow, seed, length)
-    fast, slow, ema_warmup = EMAS[setting["ema"]]
-    config = common.matched(3, slow_decay=slow)
-    if recipe == "paper":
-        config = common.paper(0.4, fast_decay=fast, slow_decay=slow)
+    config, ema_warmup = config_of(recipe, setting["ema"])
     batch, rate = setting["batch"], setting["rate"]
     last = common.shortened(setting.get("iterations", ITERATIONS[batch]), length)
     snapshots = [i for i in SNAPSHOTS if i < last] + [last]
@@ -88,7 +99,14 @@ def tasks(flows, seeds) -> dict[str, list[common.Task]]:
         {"flow": flow, "seed": 100, "recipe": recipe, "setting": setting | {"rate": rate}}
         for flow, recipe, setting, rate in product(REFERENCE, RECIPES, SETTINGS, RATES)
     ]
+    on_flux = []
+    for seed in seeds[:3]:
+        tuned = product(RECIPES, FLUX_SETTINGS)
+        on_flux += [{"seed": seed, "recipe": r, "setting": setting} for r, setting in tuned]
+        published = {"seed": seed, "recipe": "paper"}
+        on_flux += [published | {"setting": setting} for setting in FLUX_PUBLISHED]
     return {
+        "flux": [common.Task(measure_flux, settings) for settings in on_flux],
         "flows": [common.Task(measure_curve, settings) for settings in curves],
         "teachers": [common.Task(measure_teacher, settings) for settings in teachers],
         "tune": [common.Task(measure_curve, settings) for settings in tuning],
@@ -141,7 +159,7 @@ def tables(rows: list[common.Row]) -> list[str]:
     lines = []
     curves = common.where(rows, "flows")
     for flow, some in common.grouped(curves, "flow").items():
-        columns = columns_of(some)
+        columns = columns_of(some, SETTINGS, PUBLISHED, SHIPPED)
         if not {"paper", "ours"} <= columns.keys():
             continue  # not measured yet
         teacher = [row.found for row in common.where(rows, "teachers", flow=flow)]
@@ -159,6 +177,9 @@ def tables(rows: list[common.Row]) -> list[str]:
         lines += ["Least error of a training", *table_of_least(columns, common.energy_text)]
     if curves:
         lines += ["Error by setting: at the end, and the least", *table_of_settings(curves)]
+    on_flux = common.where(rows, "flux")
+    if on_flux:
+        lines += tables_of_flux(on_flux)
     tuned = common.where(rows, "tune")
     if tuned:
         lines += ["Settings on seed 100: least errors, thousand calls to levels"]
@@ -166,17 +187,20 @@ def tables(rows: list[common.Row]) -> list[str]:
     return lines
 
 
-def columns_of(rows: list[common.Row]) -> dict[str, Column]:
-    """Curves of one flow by recipe, with those that have one setting of their own."""
+def columns_of(
+    rows: list[common.Row], shared: list[dict], published: list[dict], shipped: dict
+) -> dict[str, Column]:
+    """Curves by recipe: with the settings that both share, and with those of their own."""
     named = {
-        "published": ("paper", PUBLISHED),
-        "paper": ("paper", SETTINGS),
-        "shipped": ("ours", [SHIPPED]),
-        "ours": ("ours", SETTINGS),
+        "published": ("paper", published),
+        "paper": ("paper", shared),
+        "shipped": ("ours", [shipped]),
+        "ours": ("ours", shared),
     }
+    part = rows[0].part
     columns = {}
     for name, (recipe, settings) in named.items():
-        found = [common.where(rows, "flows", recipe=recipe, setting=some) for some in settings]
+        found = [common.where(rows, part, recipe=recipe, setting=some) for some in settings]
         columns[name] = [[row.found for row in some] for some in found if some]
     return {name: column for name, column in columns.items() if column}
 
@@ -227,7 +251,8 @@ def table_of_least(columns: dict[str, Column], text) -> list[str]:
 
 
 def setting_text(setting: dict) -> str:
-    return f"EMA {setting['ema']}, batch {setting['batch']}, rate {setting['rate']:g}"
+    rate = f", rate {setting['rate']:g}" if "rate" in setting else ""
+    return f"EMA {setting['ema']}, batch {setting['batch']}{rate}"
 
 
 def table_of_settings(rows: list[common.Row]) -> list[str]:
@@ -265,6 +290,88 @@ def table_of_tuning(rows: list[common.Row]) -> list[str]:
         for key, found in lines.items()
     ]
     return common.table(head, cells)
+
+
+# ---------------------------------------------------------------------------------------- tiny Flux
+
+CHECKPOINTS = (12, 25, 50, 75, 100, 150, 200, 300, 400, 600, 800, 1000, 1200, 1600, 2000, 2400)
+FLUX_SETTINGS = [
+    dict(ema="0.99 / 0.999, warmed up", batch=64),
+    dict(ema="0.99 / 0.999, warmed up", batch=16),
+    dict(ema="0.8 / 0.9", batch=64),
+    dict(ema="0.8 / 0.9", batch=16),
+]
+FLUX_SHIPPED = FLUX_SETTINGS[0]
+FLUX_LAST = {"paper": 200, "ours": 400}  # iterations: then the paper's recipe is past its best
+FLUX_PUBLISHED = [dict(ema="0.99 / 0.999", batch=8, iterations=2400)]
+FLUX_LEVELS = (4, 6, 8, 9)  # steps of the teacher
+# Calls of the 32 validation rows: lam* as above, 32 fine steps, 9 scales in 3 steps. The two
+# searches of `Validation.search` share a scale. A best one at a border costs a few more.
+FLUX_SEARCH = (3 * 18 + 32 + 9 * 3) * 32
+
+
+def measure_flux(recipe: str, setting: dict, seed: int, length: float) -> dict:
+    """3-step RMSE on held-out captions at the checkpoints of one distillation."""
+    config, ema_warmup = config_of(recipe, setting["ema"])
+    batch = setting["batch"]
+    last = setting.get("iterations", FLUX_LAST[recipe])
+    points = sorted({common.shortened(i, length) for i in CHECKPOINTS if i <= last})
+    more = ["--batch", batch]
+    if length < 1:
+        more += ["--limit", 20]
+    with tempfile.TemporaryDirectory() as folder:
+        settings = common_flux.demonstration(Path(folder), seed, *more, steps=(3,), length=length)
+        world = common_flux.TinyFlux(settings)
+        weights = world.distil(config, points[-1], points, ema_warmup)
+        validation = fd.Validation(settings, world.cache, world.lora)
+        scales = {i: validation.search(weights[i], 3)[1] for i in points}
+        calls_of_row = common.network_calls(config)
+        found = {
+            "batch": batch,
+            "iterations": points,
+            "calls": [calls_of_row * batch * i for i in points],
+            "scale 1": [world.distance(world.lora.velocity(weights[i]), 3) for i in points],
+            "scaled": [
+                world.distance(world.lora.velocity(weights[i], scales[i]), 3) for i in points
+            ],
+        }
+        teacher = world.lora.velocity(None)
+        found["teacher"] = {n: world.distance(teacher, n) for n in FLUX_LEVELS}
+    return found
+
+
+def tables_of_flux(rows: list[common.Row]) -> list[str]:
+    settings = (FLUX_SETTINGS, FLUX_PUBLISHED, FLUX_SHIPPED)
+    columns = columns_of(rows, *settings)
+    if not {"paper", "ours"} <= columns.keys():
+        return []  # not measured yet
+    best = least_errors(columns["paper"], "scale 1")
+    levels = {
+        "1.1 x the paper's least error": [1.1 * error for error in best],
+        "the paper's least error": best,
+        "the paper's least error, scaled": least_errors(columns["paper"], "scaled"),
+    }
+    for n in FLUX_LEVELS:
+        levels[f"teacher, {n} steps"] = [curve["teacher"][n] for curve in columns["ours"][0]]
+    seeds = len(common.grouped(rows, "seed"))
+    lines = [f"**tiny Flux**, {seeds} seeds; thousand network calls until a level is reached"]
+    lines += table_of_levels(columns, levels, FLUX_SEARCH, common.mean_text)
+    lines += ["Least error of a training", *table_of_least(columns, common.mean_text)]
+    for recipe, setting in product(RECIPES, FLUX_SETTINGS + FLUX_PUBLISHED):
+        some = common.where(rows, "flux", recipe=recipe, setting=setting)
+        if some:
+            lines += table_of_curve(f"{recipe}, {setting_text(setting)}", some)
+    return lines
+
+
+def table_of_curve(title: str, rows: list[common.Row]) -> list[str]:
+    """Errors over the course of training."""
+    points = rows[0].found["iterations"]
+    lines = []
+    for scale in ("scale 1", "scaled"):
+        errors = common.column(rows, scale).T
+        lines.append([scale, *(common.mean_text(values) for values in errors)])
+    return common.table([f"{title}; iterations", *points], lines)
 
 
 if __name__ == "__main__":

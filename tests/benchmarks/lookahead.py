@@ -24,6 +24,7 @@ from itertools import product
 from pathlib import Path
 
 import common
+import common_flux
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -322,6 +323,7 @@ def targets(student, teacher, config: sc.ShortcutConfig, on_path: bool) -> Calla
     return velocity
 
 
+@torch.no_grad()
 def lookahead_of_targets(student, teacher, noise, config, fine=FINE, **cond) -> dict:
     """Look-ahead, by the exponential, of the mean targets that a student would have."""
     found = {}
@@ -620,30 +622,20 @@ def lookahead_in_time(config: sc.ShortcutConfig, iterations: int) -> list[float]
 
 def measure_flux(rho: float, iterations: int, length: float) -> dict:
     """The tiny Flux as the demonstration trains it, but longer, with the paper's windows."""
-    import dataclasses
-
-    import flux as demo
-    from safetensors.torch import load_file
-
-    fd = demo.fd
+    iterations = common.shortened(iterations, length)
+    config = common.paper(rho)
     with tempfile.TemporaryDirectory() as folder:
-        args = demo.demonstration(
-            Path(folder), 0, "--paper", "--iterations", iterations, length=length
-        )
-        args.config = config = dataclasses.replace(args.config, teacher_ratio=rho)
-        fd.make_cache(args)
-        fd.train(args)
-        student = load_file(args.state)["student"]
-        adapter = fd.Adapter(args)
-        texts = args.comparison  # never seen, and not those of the log
-        cond = fd.read(args, "text", texts)
-        cond["guidance"] = torch.full((len(texts),), args.guidance)
-        noise = fd.noises(args, [("lookahead", i) for i in texts])
-    student, teacher = (adapter.velocity(weights, args.size) for weights in (student, None))
+        settings = common_flux.demonstration(Path(folder), 0, length=length)
+        world = common_flux.TinyFlux(settings)
+        weights = world.distil(config, iterations)[iterations]
+        texts = world.data.comparison  # never seen
+        cond = world.cache.conditions(texts, settings.guidance)
+        noise = world.cache.noise([("lookahead", i) for i in texts])
+    student, teacher = world.lora.velocity(weights), world.lora.velocity(None)
     found = measured_lookahead(student, teacher, noise, config, 2, **cond)
     found |= lookahead_of_targets(student, teacher, noise, config, 2, **cond)
     found["predicted"] = predicted_lookahead(config, 2)[1:]
-    found["in time"] = lookahead_in_time(config, args.iterations)[1:]
+    found["in time"] = lookahead_in_time(config, iterations)[1:]
     return found
 
 

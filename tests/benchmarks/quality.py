@@ -128,9 +128,9 @@ def measure_solvers(length: float) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         settings = common_flux.demonstration(Path(folder), 0, length=length)
         world = common_flux.TinyFlux(settings)
-    teacher = partial(world.model.family.velocity, world.pipe.transformer)
-    with torch.no_grad():
-        return tuned_solvers(teacher, world, length)
+        teacher = partial(world.model.family.velocity, world.pipe.transformer)
+        with torch.no_grad():
+            return tuned_solvers(teacher, world, length)
 
 
 def tuned_solvers(teacher, world: common_flux.TinyFlux, length: float) -> dict:
