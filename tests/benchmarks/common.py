@@ -199,18 +199,25 @@ def column(rows: Sequence[Row], *keys) -> np.ndarray:
 # ------------------------------------------------------------------------------------ command line
 
 
-def flags(doc: str, parts: Sequence[str], flows: Sequence[str], seeds: int) -> ArgumentParser:
-    """The flags of every benchmark."""
+def flags(
+    doc: str,
+    parts: Sequence[str],
+    usual: Sequence[str],
+    flows: Sequence[str],
+    seeds: int,
+    jobs: int | None,
+) -> ArgumentParser:
+    """The flags of every benchmark. usual: the parts that are measured if no flag says which."""
     parser = ArgumentParser(description=doc.splitlines()[0])
     add = parser.add_argument
     if len(parts) > 1:
-        add("--parts", nargs="+", choices=parts, default=parts, help="what to measure")
+        add("--parts", nargs="+", choices=parts, default=usual, help="what to measure")
     if flows:
         add("--flows", nargs="+", choices=toy_2d.FLOWS, default=flows, help="2-D data")
     add("--seeds", type=int, default=seeds, help=f"use seeds 0 to this, exclusive ({seeds})")
     add("--first", type=int, help="only the first so many tasks of each part")
     add("--length", type=float, default=1.0, help="scales all trainings (1)")
-    add("--jobs", type=int, default=os.cpu_count(), help="processes of one thread")
+    add("--jobs", type=int, default=jobs or os.cpu_count(), help="processes of one thread")
     add("--results", type=Path, help="file of the numbers (results/NAME.json; none if --length)")
     add("--fresh", action="store_true", help="measure again what the file has")
     add("--figure", type=Path, help="write the figure, if there is one, to this path")
@@ -224,14 +231,17 @@ def main(
     tables: Callable[[list[Row]], list[str]],
     flows: Sequence[str] = (),
     seeds: int = 5,
+    jobs: int | None = None,
+    usual: Sequence[str] | None = None,
     draw: Callable[[list[Row], Path], None] | None = None,
 ) -> None:
     """Read the flags, measure what is missing, print the tables.
 
-    script, doc: the benchmark's __file__ and docstring. tasks(flows, seeds): tasks by part.
+    script, doc: the benchmark's __file__ and docstring. tasks(flows, seeds): tasks by part. usual:
+    parts to measure if no flag says which; None: all.
     """
     parts = [*tasks(flows, range(1))]
-    args: Namespace = flags(doc, parts, flows, seeds).parse_args()
+    args: Namespace = flags(doc, parts, usual or parts, flows, seeds, jobs).parse_args()
     by_part = tasks(args.flows if flows else (), range(args.seeds))
     chosen = {part: by_part[part][: args.first] for part in getattr(args, "parts", parts)}
     path = args.results
