@@ -74,6 +74,10 @@ class TinyFlux:
         self.pool = fd.read_pool(self.cache)
         self.fine = {}  # where the teacher's many steps end, by the purpose of the noise
 
+    def velocity(self, weights: Tensor | None, scale: float = 1.0) -> sc.Velocity:
+        """v(x, t, **cond) with LoRA weights (P,); None: the teacher."""
+        return self.lora.velocity(weights, scale)
+
     def draw(self, *key) -> tuple[torch.Generator, Tensor, Tensor, dict[str, Tensor]]:
         """Generator, latents, noise and conditions of a batch."""
         generator = fd.keyed(self.settings.seed, *key)
@@ -125,8 +129,8 @@ class TinyFlux:
             decays["fast"] = config.fast_decay
         student = self.lora.initial_weights()
         emas = {name: student.clone() for name in decays}
-        teacher = self.lora.velocity(None)
-        averages = {name: self.lora.velocity(weights) for name, weights in emas.items()}
+        teacher = self.velocity(None)
+        averages = {name: self.velocity(weights) for name, weights in emas.items()}
 
         def loss(iteration: int) -> Tensor:
             generator, x_0, noise, cond = self.draw("train", iteration, 0)
@@ -138,7 +142,7 @@ class TinyFlux:
                 U = torch.rand(1, generator=fraction).item()
                 windows = sc.sample_windows(config, len(x_0), U=U, generator=generator)
                 first, second = sc.dual(windows, teacher, **averages)
-            velocity = self.lora.velocity(student)
+            velocity = self.velocity(student)
             return sc.shortcut_loss(windows, x_0, noise, velocity, first, second, **cond)[0]
 
         kept = {}
@@ -162,7 +166,7 @@ class TinyFlux:
             )
 
         if purpose not in self.fine:
-            teacher = self.lora.velocity(None)
+            teacher = self.velocity(None)
             self.fine[purpose] = end(teacher, self.settings.teacher_steps)
         return fd.rms(end(velocity, steps) - self.fine[purpose])
 

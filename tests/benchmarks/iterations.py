@@ -330,12 +330,10 @@ def measure_flux(recipe: str, setting: dict, seed: int, length: float) -> dict:
             "batch": batch,
             "iterations": points,
             "calls": [calls_of_row * batch * i for i in points],
-            "scale 1": [world.distance(world.lora.velocity(weights[i]), 3) for i in points],
-            "scaled": [
-                world.distance(world.lora.velocity(weights[i], scales[i]), 3) for i in points
-            ],
+            "scale 1": [world.distance(world.velocity(weights[i]), 3) for i in points],
+            "scaled": [world.distance(world.velocity(weights[i], scales[i]), 3) for i in points],
         }
-        teacher = world.lora.velocity(None)
+        teacher = world.velocity(None)
         found["teacher"] = {n: world.distance(teacher, n) for n in FLUX_LEVELS}
     return found
 

@@ -631,7 +631,7 @@ def measure_flux(rho: float, iterations: int, length: float) -> dict:
         texts = world.data.comparison  # never seen
         cond = world.cache.conditions(texts, settings.guidance)
         noise = world.cache.noise([("lookahead", i) for i in texts])
-    student, teacher = world.lora.velocity(weights), world.lora.velocity(None)
+    student, teacher = world.velocity(weights), world.velocity(None)
     found = measured_lookahead(student, teacher, noise, config, 2, **cond)
     found |= lookahead_of_targets(student, teacher, noise, config, 2, **cond)
     found["predicted"] = predicted_lookahead(config, 2)[1:]
