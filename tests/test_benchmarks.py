@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import flux_distill as fd
 import shortcut as sc
 import toy_2d
 
@@ -21,27 +22,38 @@ sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import ablations
 import baselines
 import common
+import common_flux
 import iterations
 import lookahead
+import quality
 import toy
 
 FOLDER = Path(__file__).parent / "benchmarks"
-# Of a script: flags that shorten it, and words that its tables must have.
 ONE = "--seeds 1 --jobs 1"
-COMMANDS = {
-    "toy": (f"--flows moons --length 0.005 {ONE}", "5. few-shot, each draw"),
-    "ablations": (f"--flows moons --length 0.005 {ONE}", "oracle, shift 3"),
-    "baselines": (
-        f"--parts flows tune --flows moons --first 8 --length 0.005 {ONE}",
-        "direct regression for 3 steps, 8 teacher calls",
-    ),
-    "iterations": (f"--parts flows tune --flows moons --length 0.005 --first 14 {ONE}", "to 20"),
-    "lookahead": (
+RUNS = [  # script, flags that shorten it, words that its tables must have
+    ("toy", f"--flows moons --length 0.005 {ONE}", "5. few-shot, each draw"),
+    ("ablations", f"--flows moons --length 0.005 {ONE}", "oracle, shift 3"),
+    ("baselines", f"--parts flows --flows moons --length 0.005 {ONE}", "8 teacher calls"),
+    ("fusion", f"--parts flows --flows moons --length 0.002 {ONE}", "plain flow matching"),
+    ("speed", "--parts small --length 0.2 --jobs 1", "latents of one image"),
+]
+SLOW_RUNS = [  # more than 10 s
+    ("baselines", f"--parts tune --first 40 --length 0.005 {ONE}", "finest 64"),
+    ("baselines", f"--parts flux --length 0.01 {ONE}", "8 teacher calls"),
+    ("baselines", f"--parts tune_flux --first 1 --length 0.01 {ONE}", "calls 4, rate"),
+    ("iterations", f"--parts flows tune --flows moons --length 0.005 --first 14 {ONE}", "to 20"),
+    ("iterations", f"--parts flux --length 0.01 {ONE}", "the paper's least error, scaled"),
+    (
+        "lookahead",
         f"--parts table students why scales --first 6 --length 0.005 --figure figure.png {ONE}",
         "targets on the path",
     ),
-    "fusion": (f"--parts flows --flows moons --length 0.002 {ONE}", "plain flow matching"),
-}
+    ("lookahead", f"--parts flux --first 1 --length 0.005 {ONE}", "in time"),
+    ("fusion", f"--parts flux --length 0.002 {ONE}", "tiny Flux"),
+    ("flux", f"--first 2 --length 0.01 {ONE}", "lam: all pairs"),
+    ("quality", f"--length 0.01 --figure figure.png {ONE}", "UniPC"),
+    ("fewshot", f"--first 1 --length 0.01 {ONE}", "ratio, strangers"),
+]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -58,19 +70,29 @@ def run(name: str, flags: str, folder: Path) -> str:
     return done.stdout
 
 
-SLOW = {"lookahead", "iterations", "fusion"}  # more than 10 s
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in COMMANDS]
-)
-def test_a_benchmark_prints_its_tables(name, tmp_path):
-    flags, words = COMMANDS[name]
-    printed = run(name, f"{flags} --results numbers.json", tmp_path)
+def check(name: str, flags: str, words: str, folder: Path) -> None:
+    """It prints its tables and keeps its numbers."""
+    printed = run(name, f"{flags} --results numbers.json", folder)
     assert words in printed and "| --- |" in printed
     assert "nan" not in printed
-    assert common.load(tmp_path / "numbers.json")
-    assert ("--figure" in flags) == (tmp_path / "figure.png").exists()
+    assert common.load(folder / "numbers.json")
+    assert ("--figure" in flags) == (folder / "figure.png").exists()
+
+
+@pytest.mark.parametrize("name, flags, words", RUNS)
+def test_a_benchmark_prints_its_tables(name, flags, words, tmp_path):
+    check(name, flags, words, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, flags, words", SLOW_RUNS)
+def test_a_longer_benchmark_prints_its_tables(name, flags, words, tmp_path):
+    check(name, flags, words, tmp_path)
+
+
+def test_every_benchmark_runs():
+    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"common", "common_flux", "gpu"}
+    assert scripts == {name for name, *_ in RUNS + SLOW_RUNS}
 
 
 # ----------------------------------------------------------------------------------------- results
@@ -336,18 +358,67 @@ def test_verdicts():
     assert toy.verdict([2e-4], [1e-4], [1e-4]) == "both at the floor"
 
 
+# ---------------------------------------------------------------------------------------- tiny Flux
+
+
+@pytest.mark.parametrize("paper", [False, True], ids=["matched", "paper"])
+def test_tiny_flux_is_distilled_as_flux_distill_does(paper, tmp_path):
+    """To the bit, for the config that flux_distill.py would take."""
+    more = ["--batch", 4, "--limit", 4] + ["--paper"] * paper
+    settings = common_flux.demonstration(tmp_path, 0, *more, length=0.015)
+    assert settings.iterations == 3
+    world = common_flux.TinyFlux(settings)
+    ours = world.distil(fd.windows_of(settings), 3, snapshots=[2])
+    assert sorted(ours) == [2, 3]
+    world = common_flux.TinyFlux(settings)
+    state = fd.TrainState(world.lora.initial_weights(), settings)
+    for _ in fd.train(settings, world.cache, world.pool, world.lora, state):
+        pass
+    assert torch.equal(ours[3], state.student)
+
+
+def test_solvers_are_of_their_order():
+    """On x' = x from t = 1 to 0, where x ends at x / e."""
+    x = torch.ones(1, 2, dtype=torch.float64)
+    velocity = lambda x, t: x  # noqa: E731
+    orders = {"Euler": 1, "midpoint": 2, "Heun": 2, "Adams-Bashforth, order 2": 2}
+    for name, order in orders.items():
+        errors = []
+        for calls in (32, 64):
+            end = quality.SOLVERS[name](velocity, x, calls, 1.0)
+            errors.append((end - x / math.e).abs().max().item())
+        assert abs(math.log2(errors[0] / errors[1]) - order) < 0.15, (name, errors)
+
+
+def test_every_solver_makes_as_many_calls_as_it_says_and_nears_the_end():
+    x = torch.ones(1, 2)
+    for name, solver in quality.SOLVERS.items():
+        for calls in (3, 8):
+            seen = []
+            end = solver(lambda x, t, seen=seen: seen.append(1) or x, x, calls, 1.0)
+            assert len(seen) == calls, name
+        assert (end - x / math.e).abs().max() < 0.03, name
+
+
+def test_frechet_distance_of_gaussians():
+    eye = torch.eye(3, dtype=torch.float64)
+    a = {"mean": torch.zeros(3), "covariance": 4 * eye}
+    b = {"mean": torch.tensor([1.0, 2.0, 0.0]), "covariance": 9 * eye}
+    assert_close(common_flux.frechet(a, b), 5.0 + 3 * (3 - 2) ** 2, rtol=1e-6, atol=0)
+    assert abs(common_flux.frechet(a, a)) < 1e-9
+
+
 # --------------------------------------------------------------------------------------------- GPU
 
 
 @pytest.mark.slow
 def test_gpu_tries_each_part_on_a_small_configuration(tmp_path):
     parts = ("gradients", "steps", "full")
-    printed = run("gpu", f"--parts {' '.join(parts)} --out gpu.json", tmp_path)
-    results = json.loads((tmp_path / "gpu.json").read_text())
-    found = {part: set().union(*results[part]) for part in parts}
-    assert "CPU" in results["machine"]["device"]
+    printed = run("gpu", f"--parts {' '.join(parts)} --results gpu.json", tmp_path)
+    rows = common.load(tmp_path / "gpu.json")
+    found = {part: set().union(*(r.found for r in common.where(rows, part))) for part in parts}
     assert found["gradients"] >= {"kernel", "gradient", "teacher", "student", "pipeline"}
-    assert found["steps"] >= {"sampling", "checks", "step", "calls", "ratio"}
+    assert found["steps"] >= {"sampling", "checks", "step", "calls", "tflops"}
     assert found["full"] >= {"made", "phases", "table", "self_check"}
     assert not any({"error", "stopped", "note"} & names for names in found.values())
     heads = ("attention kernel, tiny Flux", "kernels in use", "pixels | batch", "full, phase")
