@@ -539,20 +539,25 @@ def plot_samples(samples: Rows, energy: Rows, probe: Probe, path: Path) -> None:
             image = np.histogram2d(*points.T.numpy(), bins=[edges, edges])[0].T
             axis.imshow(image**0.5, origin="lower", cmap="magma", interpolation="bicubic")
             axis.set(xticks=[], yticks=[], title=title)
-        axes[0].set_ylabel(name, fontsize=13, color=COLORS[name], fontweight="bold")
+        axes[0].set_ylabel(name, fontsize=12, color=COLORS[name], fontweight="bold")
     figure.suptitle("Energy distance to the data, x 1e-4; the same noise in all panels")
     save(figure, path)
 
 
 def draw_lines(axis, lines: Rows) -> None:
-    """Log-log lines {name: {x: y}} with ticks in plain numbers."""
+    """Log-log lines {name: {x: y}}."""
     for name, points in lines.items():
         axis.plot(list(points), list(points.values()), "o-", ms=4, color=COLORS[name], label=name)
     axis.set(xscale="log", yscale="log")
-    axis.minorticks_off()
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_major_formatter("{x:g}")
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def set_ticks(axis) -> None:
+    """Plain numbers, more of them where an axis spans little."""
+    for ticks, (low, high) in ((axis.xaxis, axis.get_xlim()), (axis.yaxis, axis.get_ylim())):
+        ticks.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+        ticks.set_major_formatter("{x:g}")
+    axis.minorticks_off()
 
 
 def draw_floor(axis, floor: float) -> None:
@@ -575,12 +580,13 @@ def plot_progress(errors: dict, lams: dict, energy: Rows, floor: float, path: Pa
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4)
     for axis, lines in zip(grid[-1], lams.values()):
         draw_lines(axis, lines)
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.axhline(1, color="black", lw=0.8)
     for axis, label in zip(grid[:, 0], ("energy distance, x 1e-4", "best scale λ*")):
         axis.set_ylabel(label)
     for axis in grid[-1]:
         axis.set_xlabel("iteration")
+    for axis in grid.flat:
+        set_ticks(axis)
     save(figure, path)
 
 
@@ -590,8 +596,8 @@ def plot_quality(energy: Rows, steps: int, floor: float, path: Path) -> None:
     axis = figure.subplots()
     draw_lines(axis, energy)
     draw_floor(axis, floor)
+    set_ticks(axis)
     axis.set_xticks(STEPS, STEPS)
-    axis.minorticks_off()
     axis.set(xlabel=f"Euler steps (matched: trained for {steps})")
     axis.set(ylabel="energy distance to the data, x 1e-4")
     figure.legend(loc="outside upper center", ncols=3)
