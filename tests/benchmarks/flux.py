@@ -1,7 +1,8 @@
 """What must hold on the tiny Flux: python tests/benchmarks/flux.py (25 minutes on 2 cores)
 
 Runs flux_distill.py as the README's demonstration does, with 3 seeds: on all pairs, on ten, with
-the paper's windows, until lam* says stop, and at other time shifts. Errors are distances (RMSE of
+the paper's windows, until lam* says stop, and at other time shifts. `--parts` picks some of these
+runs; "all pairs", with which others are compared, must be among them. Errors are distances (RMSE of
 latents) to 32 steps of the teacher at the same shift, on held-out captions and paired noise.
 """
 
@@ -57,8 +58,9 @@ def lam_of_saved(settings: fd.Settings, results: dict) -> dict[int, float]:
 
 
 def tasks(flows, seeds) -> dict[str, list[common.Task]]:
-    some = [{"run": run, "seed": seed} for seed in seeds for run in RUNS]
-    return {"runs": [common.Task(measure, settings) for settings in some]}
+    return {
+        run: [common.Task(measure, {"run": run, "seed": seed}) for seed in seeds] for run in RUNS
+    }
 
 
 # ------------------------------------------------------------------------------------------- tables
