@@ -266,6 +266,7 @@ class Judge(nn.Module):
 
 
 @cache
+@torch.enable_grad()
 def train_judge(iterations: int, batch: int = 64) -> Judge:
     """The judge; each process trains it once."""
     torch.manual_seed(0)
