@@ -126,7 +126,7 @@ def test_rows_of_another_length_are_others_and_fresh_measures_again(tmp_path):
     assert len(log.read_text()) == 3 and len(common.load(path)) == 2
 
 
-def test_results_say_what_made_them_and_what_has_changed_since(tmp_path, monkeypatch):
+def test_results_say_what_made_them_and_what_has_changed_since(tmp_path):
     path = tmp_path / "results.json"
     rows = common.collect(tasks_of(tmp_path / "log", [1.0]), path)
     assert rows == common.load(path)
