@@ -1,4 +1,4 @@
-"""The script that makes the tiny Flux: its pictures, and a pipeline that stock diffusers loads."""
+"""The script that makes the tiny Flux: its images, and a pipeline that stock diffusers loads."""
 
 import os
 
@@ -9,16 +9,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import make_tiny_flux as tiny
 
 
-def test_pictures_show_what_the_caption_says():
+def test_images_show_what_the_caption_says():
     for name, color in tiny.COLORS.items():
         captions = torch.tensor([i for i, c in enumerate(tiny.CAPTIONS) if f" {name} " in c] * 20)
-        pictures = (tiny.render(captions, torch.Generator().manual_seed(0)) + 1) / 2
-        near = (pictures - torch.tensor(color)[:, None, None]).abs().amax(1) < 0.02
-        assert (near.flatten(1).sum(1) >= 8).all()  # every picture has pixels of that colour
-        assert near.float().mean() < 0.4  # and a ground of another
+        images = (tiny.render(captions, torch.Generator().manual_seed(0)) + 1) / 2
+        near = (images - torch.tensor(color)[:, None, None]).abs().amax(1) < 0.02
+        assert (near.flatten(1).sum(1) >= 8).all()  # every image has pixels of that colour
+        assert near.float().mean() < 0.4  # on a background of another
 
 
-def test_pictures_of_one_caption_differ_and_repeat():
+def test_images_of_one_caption_differ_and_repeat():
     captions = torch.zeros(50, dtype=torch.long)
     a, b = (tiny.render(captions, torch.Generator().manual_seed(1)) for _ in "ab")
     assert torch.equal(a, b)
@@ -29,9 +29,8 @@ def test_pictures_of_one_caption_differ_and_repeat():
 def test_stock_diffusers_loads_what_it_saves(tmp_path):
     from diffusers import FluxPipeline
 
-    tiny.main(
-        ["--out", str(tmp_path), "--vae-iterations", "10", "--iterations", "10", "--pictures", "60"]
-    )
+    flags = "--vae-iterations 10 --iterations 10 --pictures 60"
+    tiny.main(["--out", str(tmp_path), *flags.split()])
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 3e6
     assert not [path for path in files if path.suffix not in (".json", ".safetensors", ".txt")]

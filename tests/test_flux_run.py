@@ -1,0 +1,284 @@
+"""flux_distill.py, whole runs on the tiny Flux: what they leave, and what a second one does."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import FluxPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_runs import TINY, content, copied, edited, fd, parsed, prepared, run, says
+from torch.testing import assert_close
+
+import shortcut as sc
+
+SAMPLERS = ("teacher", "student", "student, scaled")
+
+
+def times_of(folder: Path) -> dict[Path, int]:
+    """When each file was written, those of phases (costs.json) among them."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
+def table_of(out: Path) -> dict[tuple[str, int], dict]:
+    results = json.loads((out / "results.json").read_text())
+    return {(row["sampler"], row["steps"]): row for row in results["table"]}
+
+
+# -------------------------------------------------------------------------------- what a run leaves
+
+
+def test_files_of_a_run(done):
+    names = {path.name for path in done.iterdir() if path.is_file() and path.name != ".lock"}
+    assert names == {*fd.OUTPUTS, fd.LORA}
+    assert [path.name for path in (done / "checkpoint").iterdir()] == ["state.safetensors"]
+    images = sorted(path.name for path in (done / "validation").iterdir())
+    assert images == ["000002.png", "000004.png", "saved.png"]
+    assert not list(done.rglob(".part*"))
+
+
+def test_log_of_a_run(done):
+    rows = (done / "log.csv").read_text().splitlines()
+    assert len(rows) == 5
+    assert rows[0] == (
+        "iteration,loss,teacher_loss,residual,gradient_norm,learning_rate,"
+        "lam_2,lam_3,teacher_rmse,rmse"
+    )
+
+
+def test_table_of_a_run(done):
+    table = table_of(done)
+    assert set(table) == {(sampler, n) for sampler in SAMPLERS for n in (2, 3)}
+    assert all(0 < row["rmse"] < 2 and 5 < row["psnr"] < 60 for row in table.values())
+    assert table["teacher", 3]["rmse"] < table["teacher", 2]["rmse"]
+    scales = fd.read_metadata(done / fd.LORA)["scales"]
+    for n in (2, 3):
+        assert table["teacher", n]["scale"] == 0
+        assert table["student", n]["scale"] == 1
+        assert table["student, scaled", n]["scale"] == scales[str(n)]
+    results = json.loads((done / "results.json").read_text())
+    assert results["seed_to_seed"] > table["teacher", 2]["rmse"]
+    assert results["teacher_steps"] == 8
+
+
+@pytest.mark.parametrize("name", ["comparison.png", "training.png", "validation/saved.png"])
+def test_figures_of_a_run_are_not_empty(done, name):
+    with Image.open(done / name) as image:
+        assert np.asarray(image.convert("L")).std() > 10
+
+
+def test_steps_and_teacher_steps_are_obeyed(tmp_path, capsys):
+    """A teacher of six steps is at no distance from itself, and six steps make the pool."""
+    out = tmp_path / "out"
+    flags = ["--teacher-steps", 6, "--steps", 6, 1, "--iterations", 1]
+    run(out, *flags)
+    table = table_of(out)
+    assert set(table) == {(sampler, n) for sampler in SAMPLERS for n in (1, 3, 6)}
+    assert table["teacher", 6]["rmse"] == 0
+    assert table["teacher", 3]["rmse"] > 0.1
+    said = capsys.readouterr().out
+    assert "RMSE of latents / PSNR of images to 6 teacher steps" in said
+    assert "| Euler steps | 1 | 3 | 6 |" in said
+    assert "from the teacher's 6 steps" in said
+    assert "lam_1,lam_3,lam_6" in (out / "log.csv").read_text()
+    assert set(fd.read_metadata(out / fd.LORA)["scales"]) == {"1", "3", "6"}
+
+    setup = prepared(out, *flags)
+    setup.model.load("image")
+    cond = setup.cache.conditions([pair.text for pair in setup.data.pairs], 3.5)
+    noise = setup.cache.noise([("pool", i) for i in range(len(setup.data.pairs))])
+    stock = fd.stock_sample(setup.model, noise, 6, cond, shift=3.5, batch=8)
+    pool = setup.cache.read("latent", range(len(setup.data.pairs)))["latent"]
+    assert_close(pool, stock, rtol=0, atol=5e-5)
+
+
+# ------------------------------------------------------------------------------------- a second run
+
+
+def test_a_second_run_has_nothing_to_do(done, capsys):
+    before = content(done)
+    written = times_of(done)
+    run(done)
+    assert content(done) == before
+    assert times_of(done) == written  # no phase began: costs.json would say so
+    assert "| student, scaled |" in capsys.readouterr().out
+
+
+def test_another_sampling_shift_only_calibrates_and_compares(done, tmp_path):
+    out = copied(done, tmp_path / "out")
+    before = times_of(out)
+    run(out, "--shift", 2)
+    written = [path for path, time in times_of(out).items() if before.get(path) != time]
+    assert {str(path.relative_to(out)) for path in written} == {
+        "README.md",
+        "cache/check.safetensors",
+        "comparison.png",
+        "costs.json",
+        fd.LORA,
+        "results.json",
+        "validation/saved.png",
+    }
+    assert fd.read_metadata(out / fd.LORA)["shift"] == 2
+    assert (out / "results.json").read_bytes() != (done / "results.json").read_bytes()
+
+
+def test_other_step_counts_only_calibrate_and_compare(done, tmp_path):
+    out = copied(done, tmp_path / "out")
+    before = (out / fd.STATE).stat().st_mtime_ns
+    run(out, "--steps", 4)
+    assert (out / fd.STATE).stat().st_mtime_ns == before
+    assert {n for _, n in table_of(out)} == {3, 4}
+
+
+def test_cache_and_checkpoint_of_a_finished_run_can_go(done, tmp_path):
+    out = copied(done, tmp_path / "out")
+    for name in ("cache", "checkpoint"):
+        shutil.rmtree(out / name)
+    before = content(out)
+    run(out)
+    assert content(out) == before
+    says("is finished, but .* is gone", "--out", out, "--shift", 2)
+    assert (out / fd.LORA).read_bytes() == before[fd.LORA]
+
+
+def test_a_run_of_other_settings_is_left_alone(done, tmp_path):
+    out = copied(done, tmp_path / "out")
+    before = content(out)
+    says(r"other settings \(rank 4, now 8\)", "--out", out, "--rank", 8)
+    says(r"other settings \(paper False, now True\)", "--out", out, "--paper")
+    assert content(out) == before
+
+
+def test_the_teachers_steps_decide_when_a_run_stops(tmp_path):
+    """With images the data do not depend on them."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (32, 32), "red").save(folder / "a.png")
+    (folder / "a.txt").write_text("all red")
+    runs = {}
+    for stop in ([], ["--stop-when-matched"]):
+        for steps in (8, 10):
+            flags = ["--images", folder, "--teacher-steps", steps, *stop]
+            settings, machine = parsed(tmp_path / "out", *flags), fd.Machine()
+            runs[len(stop), steps], _ = fd.prepare(settings, machine)
+    assert runs[0, 8].settings == runs[0, 10].settings
+    assert runs[0, 8].key != runs[0, 10].key
+    assert runs[1, 8].settings != runs[1, 10].settings
+
+
+# ------------------------------------------------------------------------------- the card, the LoRA
+
+
+def test_the_model_card_and_its_snippet(done, monkeypatch):
+    text = (done / "README.md").read_text()
+    head = yaml.safe_load(text.split("---")[1])
+    assert head["library_name"] == "diffusers"
+    assert head["license"] == "other"
+    assert "base_model" not in head
+    assert str(TINY.parent) not in text  # no path of this machine
+    snippet = text.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(done.parent)
+    snippet = snippet.replace("'tiny_flux'", repr(str(TINY))).replace("PROMPT", "a red circle")
+    names = {}
+    exec(snippet, names)
+    assert names["image"].size == (32, 32)
+    assert_close(names["pipe"].scheduler.sigmas, sc.time_grid(3, 3.0), rtol=0, atol=1e-6)
+
+
+def test_flux_dev_passes_on_its_licence(done):
+    results = json.loads((done / "results.json").read_text())
+    results["adapter"] |= {
+        "base_model": "black-forest-labs/FLUX.1-dev",
+        "scales": {int(n): scale for n, scale in results["adapter"]["scales"].items()},
+    }
+    machine = fd.Machine()
+    machine.device, machine.dtype = "cuda", torch.bfloat16
+    card = fd.card(results, Path("x"), machine)
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["license_name"] == "flux-1-dev-non-commercial-license"
+    assert head["base_model"] == "black-forest-labs/FLUX.1-dev"
+    assert "dtype=torch.bfloat16" in card
+
+
+def test_a_fresh_process_with_only_diffusers_gives_the_same_latents(done, tmp_path):
+    setup = prepared(tmp_path / "other")  # for the noise that the check was made with
+    _, noise = setup.cache.held_out([0], "check")
+    packed = FluxPipeline._pack_latents(noise, *noise.shape)
+    save_file({"noise": packed}, tmp_path / "noise.safetensors")
+    scale = fd.read_metadata(done / fd.LORA)["scales"]["3"]
+    prompts = [setup.data.held_out[0]] * 2
+    code = f"""if True:
+        import torch
+        from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+        from safetensors.torch import load_file, save_file
+        torch.set_num_threads(1)
+        pipe = FluxPipeline.from_pretrained({str(TINY)!r}, dtype=torch.float32)
+        pipe.load_lora_weights({str(done)!r}, adapter_name="x")
+        pipe.set_adapters("x", {scale})
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+            pipe.scheduler.config, use_dynamic_shifting=False, shift=3.0)
+        noise = load_file({str(tmp_path / "noise.safetensors")!r})["noise"]
+        x = pipe({prompts!r}, latents=noise, height=32, width=32, num_inference_steps=3,
+                 guidance_scale=3.5, max_sequence_length=8, output_type="latent").images
+        save_file({{"x": x}}, {str(tmp_path / "latents.safetensors")!r})
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    theirs = load_file(tmp_path / "latents.safetensors")["x"]
+    ours = load_file(done / fd.CHECK)["latents"]
+    assert_close(theirs, FluxPipeline._pack_latents(ours, *ours.shape), rtol=0, atol=1e-5)
+
+
+def test_a_wrong_file_fails_the_self_check(done, tmp_path):
+    out = copied(done, tmp_path / "out")
+    tensors = load_file(out / fd.LORA)
+    metadata = fd.read_metadata(out / fd.LORA)
+    tensors |= {name: 1.01 * x for name, x in tensors.items() if "lora_B" in name}
+    fd.write_tensors(out / fd.LORA, tensors, metadata)
+    (out / "results.json").unlink()
+    with pytest.raises(SystemExit, match="self-check failed"):
+        run(out)
+    assert not (out / "results.json").exists()
+
+
+def test_held_out_prompts_are_not_trained_on(setup):
+    data = setup.data
+    trained = {data.texts[pair.text] for pair in data.pairs}
+    held_out = {data.texts[i] for i in (*data.validation, *data.comparison)}
+    assert held_out == set(TINY.joinpath("prompts.txt").read_text().splitlines()[-3:])
+    assert len(data.pairs) == 6
+    assert not trained & held_out
+    assert not set(data.validation) & set(data.comparison)
+
+
+# ------------------------------------------------------------------------------------------- sample
+
+
+def test_sample_only_renders(done, tmp_path, capsys):
+    out = copied(done, tmp_path / "out")
+    before = times_of(out)
+    fd.main(["--model", str(TINY), "--out", str(out), "--sample", "a red circle", "ein Haus/è"])
+    paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(paths) == 2
+    for path in paths:
+        assert path.parent == out / "samples"
+        with Image.open(path) as image:
+            assert image.size == (32, 32)
+    assert times_of(out) == before | times_of(out / "samples")
+
+
+def test_sample_needs_a_lora(tmp_path):
+    with pytest.raises(SystemExit, match="distil first, without --sample"):
+        fd.main(["--model", str(TINY), "--out", str(tmp_path / "none"), "--sample", "a"])
+
+
+def test_sample_refuses_another_model(done, tmp_path):
+    folder = edited(tmp_path, "scheduler/scheduler_config.json", base_shift=0.6)
+    with pytest.raises(SystemExit, match="was made for tiny_flux"):
+        fd.main(["--model", str(folder), "--out", str(done), "--sample", "a red circle"])
