@@ -52,7 +52,7 @@ Velocity = Callable[..., Tensor]
 
 
 def shift_time(u: Tensor, shift: float | Tensor) -> Tensor:
-    """Grid time u to t = s u / (1 + (s - 1) u) (Eq. 17); shapes broadcast. Its inverse: 1 / s."""
+    """Grid time u to t = s u / (1 + (s - 1) u) (Eq. 17), undone by 1 / s; shapes broadcast."""
     lowest = float(torch.as_tensor(shift).min())
     _require(lowest > 0, f"shift={lowest} must be > 0")
     return u / (u + (1 - u) / shift)  # Eq. 17 divided by s: rounding can't carry t past 1
@@ -68,7 +68,7 @@ def time_grid(steps: int, shift: float = 1.0) -> Tensor:
 def interpolate(x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """State x_t = (1 - t) x_0 + t noise, for x_0 and noise (B, ...) and t (B,)."""
     t = _per_row(t, x_0)
-    return (1 - t) * _wide(x_0) + t * _wide(noise)
+    return (1 - t) * x_0 + t * noise
 
 
 @torch.no_grad()
@@ -76,7 +76,8 @@ def euler_sample(velocity: Velocity, x: Tensor, times: Tensor, **cond: Tensor) -
     """Carry x (B, ...) from times[0] to times[-1], one network call a step; returns the last x."""
     x = _wide(x)
     for t, t_next in pairwise(times):
-        x = x - (t - t_next) * velocity(x, t.to(x).expand(len(x)), **cond)
+        v = _wide(velocity(x, t.to(x).expand(len(x)), **cond))
+        x = x - (t - t_next) * v
     return x
 
 
@@ -85,7 +86,7 @@ def euler_sample(velocity: Velocity, x: Tensor, times: Tensor, **cond: Tensor) -
 
 @dataclass(frozen=True)
 class ShortcutConfig:
-    """The paper's settings. One out of range raises ValueError with its value and the range."""
+    """The paper's settings. A value out of range raises ValueError, which names both."""
 
     grid_steps: int = 32  # n: windows lie on the grid of the teacher's own sampler
     teacher_ratio: float = 0.4  # rho = k / N: expected fraction of teacher rows
@@ -99,13 +100,14 @@ class ShortcutConfig:
         strides_fit = all(d in range(1, longest + 1) for d in self.strides)
         _require(
             len(self.strides) > 0 and strides_fit,
-            f"strides={self.strides} must be integers in [1, grid_steps / 2 = {longest}]",
+            f"strides={self.strides} must be one or more integers in "
+            f"[1, grid_steps / 2 = {longest}]",
         )
         rho = self.teacher_ratio
         _require(0 <= rho <= 1, f"teacher_ratio={rho} must lie in [0, 1]")
         _check_shift_range(self.shift_range)
-        _check_decay(self.fast_decay)
-        _check_decay(self.slow_decay)
+        _check_decay("fast_decay", self.fast_decay)
+        _check_decay("slow_decay", self.slow_decay)
 
 
 class Windows(NamedTuple):
@@ -114,8 +116,8 @@ class Windows(NamedTuple):
     t: Tensor  # (B,), in (0, 1]
     t_mid: Tensor  # (B,), in [0, t)
     t_end: Tensor  # (B,), at most t_mid; no network is called there
-    teacher_rows: int  # the first so many rows are teacher rows, the others self rows
-    kind: str  # what they were drawn for: "distil", "fuse", "matched" or "matched fuse"
+    teacher_rows: int  # k: the first k rows are teacher rows, the others self rows
+    kind: str  # the training that they were drawn for: "distil" or, from scratch, "fuse"
 
 
 def sample_windows(
@@ -128,16 +130,17 @@ def sample_windows(
     """Random windows of Algorithms 1 and 2; `fuse`: for training from scratch (`fusion`).
 
     Both steps span `stride` grid steps: 1 in teacher rows, one of `strides` in self rows. The start
-    is uniform over all grid points from which both steps fit. Fusion needs no grid in teacher rows:
-    they start anywhere in (0, 1].
+    is uniform over all grid points from which both steps fit. In fusion the teacher rows need no
+    grid: their start is uniform in (0, 1].
 
-    The first k = floor(rho B + U) rows are the teacher's, which on average is exact for every B. On
-    several processes pass the same U, uniform in [0, 1), so that all make equally many network
-    calls. The windows are on the generator's device.
+    The first k = floor(rho B + U) rows are teacher rows. With U uniform in [0, 1) the expectation
+    of k is exactly rho B. Several processes must pass the same U, so that all make equally many
+    network calls. The windows are on the generator's device.
     """
     n = config.grid_steps
-    rand = partial(torch.rand, generator=generator, device=generator and generator.device)
+    rand = _uniform(generator)
     U = rand(1).item() if U is None else U
+    _require(0 <= U < 1, f"U={U} must lie in [0, 1)")
     k = int(config.teacher_ratio * batch + U)
 
     strides = torch.tensor(config.strides)
@@ -145,10 +148,10 @@ def sample_windows(
     stride = strides.to(choice.device)[choice]
     stride[:k] = 1
 
-    lowest = 2 * stride  # the first grid point from which a window fits
+    lowest = 2 * stride  # the grid point nearest to the data from which both steps fit
     start = lowest + (rand(batch) * (n + 1 - lowest)).floor()
     if fuse:
-        start[:k] = n * (1 - rand(k))
+        start[:k] = n * (1 - rand(k))  # may end below the data, hence the clamps
 
     low, high = config.shift_range
     shift = low + (high - low) * rand(batch)
@@ -176,24 +179,30 @@ def by_rows(k: int, head: Velocity, tail: Velocity) -> Velocity:
     return velocity
 
 
-def dual(windows: Windows, teacher: Velocity, fast: Velocity, slow: Velocity):
+def dual(
+    windows: Windows, teacher: Velocity, fast: Velocity, slow: Velocity
+) -> tuple[Velocity, Velocity]:
     """First and second velocity of Algorithm 2, the paper's final version."""
     _require_kind(windows, "distil")
     first = by_rows(windows.teacher_rows, teacher, fast)
-    return first, slow
+    second = slow
+    return first, second
 
 
-def vanilla(windows: Windows, teacher: Velocity, slow: Velocity):
+def vanilla(windows: Windows, teacher: Velocity, slow: Velocity) -> tuple[Velocity, Velocity]:
     """First and second velocity of Algorithm 1."""
     _require_kind(windows, "distil")
     both = by_rows(windows.teacher_rows, teacher, slow)
     return both, both
 
 
-def fusion(windows: Windows, x_0: Tensor, noise: Tensor, ema: Velocity):
-    """First and second velocity of training from scratch: data stand in for the teacher.
+def fusion(
+    windows: Windows, x_0: Tensor, noise: Tensor, ema: Velocity
+) -> tuple[Velocity, Velocity]:
+    """First and second velocity of training from scratch, without a teacher.
 
-    The target of teacher rows is that of plain flow matching, noise - x_0.
+    Teacher rows have the target of plain flow matching, noise - x_0. `ema` decays by fast_decay: a
+    slower EMA of random weights would be a poor target.
     """
     _require_kind(windows, "fuse")
     both = by_rows(windows.teacher_rows, _data_velocity(x_0, noise), ema)
@@ -206,15 +215,16 @@ def shortcut_target(
 ) -> Tensor:
     """The velocity (B, ...) that does in one step what two steps do (Eq. 11-12), no gradient.
 
-    It is displacement over elapsed time: (v_1 + v_2) / 2 would be wrong where the shift has made
-    the two steps unequally long.
+    It is displacement over elapsed time. (v_1 + v_2) / 2 would be wrong, since the shift makes the
+    two steps unequally long.
     """
     t, t_mid, t_end = (_per_row(time, x_t) for time in windows[:3])
     v_1 = first(x_t, windows.t.to(x_t), **cond)
+    _require_like(v_1, x_t, "first velocity")
     x_mid = x_t - (t - t_mid) * v_1
     v_2 = second(x_mid, windows.t_mid.to(x_t), **cond)
+    _require_like(v_2, x_t, "second velocity")
     x_end = x_mid - (t_mid - t_end) * v_2
-    _require(v_1.shape == v_2.shape == x_t.shape, f"{v_1.shape}, {v_2.shape} must be like x_t")
     return (x_t - x_end) / (t - t_end)
 
 
@@ -233,17 +243,18 @@ def shortcut_loss(
     network whose weights are swapped. Log: teacher_loss and self_loss, the loss of those rows
     alone (nan without such rows), and residual = |v_student - target| / |target|.
     """
-    _require(noise.shape == x_0.shape, f"noise {[*noise.shape]} must be like x_0 {[*x_0.shape]}")
+    _require_like(noise, x_0, "noise")
     for name, value in {"windows": windows.t, **cond}.items():
         _require(len(value) == len(x_0), f"{name} has {len(value)} rows, must have {len(x_0)}")
     x_t = interpolate(x_0, noise, windows.t)
     target = shortcut_target(windows, x_t, first, second, **cond)
     v = student(x_t, windows.t.to(x_t), **cond)
-    _require(v.shape == x_t.shape, f"student's velocity {[*v.shape]} must be like x_0")
+    _require_like(v, x_t, "student's velocity")
     error = (v - target).square()
     loss = error.mean()  # Eq. 13
 
-    error, k = error.detach(), windows.teacher_rows
+    error = error.detach()
+    k = windows.teacher_rows
     log = {
         "teacher_loss": error[:k].mean(),
         "self_loss": error[k:].mean(),
@@ -259,37 +270,39 @@ def shortcut_loss(
 def update_ema(ema: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -> None:
     """ema <- decay ema + (1 - decay) weights (Eq. 14-16), in place, once per optimizer step.
 
-    An EMA must be float32 or float64: in bfloat16 a change by 1 - 0.999 of it rounds to nothing.
+    An EMA must be float32 or float64: in bfloat16 it stalls, as 0.001 of the difference to the
+    weights rounds to nothing. The weights may have any dtype.
     """
-    ema = list(ema)
-    for average in ema:
+    for average, weight in zip(ema, weights, strict=True):
         wide = average.dtype in (torch.float32, torch.float64)
         _require(wide, f"EMA in {average.dtype} must be float32 or float64")
-    weights = [w.to(average) for average, w in zip(ema, weights, strict=True)]
-    torch._foreach_lerp_(ema, weights, 1 - decay)  # Eq. 14-16
+        _require_like(weight, average, "weight")
+        average.lerp_(weight.to(average), 1 - decay)  # Eq. 14-16
 
 
 # ---------------------------------------------------------- 5. beyond the paper: matched windows
 #
-# Without a step size among its inputs the student can't be right for every window that starts at t.
-# It learns an average of the teacher's velocity over what is to come. The mean distance in t at
-# which it looks, its *look-ahead* L(t), decides how well it samples: an Euler step wants the mean
-# velocity over the step, and thus a look-ahead of half the step.
+# The student has no step size among its inputs, so it can't be right for every window that starts
+# at t. It learns an average of the teacher's velocity over times from t down to 0. The mean
+# distance of these times from t is its *look-ahead* L(t). An Euler step needs the mean velocity
+# over the step, that is, a look-ahead of half the step.
 #
 # The first velocity of a window has the look-ahead L_1 and the weight w = (t - t_mid) / (t - t_end)
-# in the target. The second, an EMA of the student, looks ahead from t_mid. At the fixed point
+# in the target. The second is an EMA of the student, and looks ahead from t_mid by L(t_mid). At the
+# fixed point, where the student equals its mean target and its EMA,
 #
 #     L(t) = w L_1 + (1 - w) [t - t_mid + L(t_mid)]                                             (A)
 #
-# In the paper's teacher rows L_1 = 0. The teacher looks nowhere but at t.
+# In the paper's teacher rows L_1 = 0, because the teacher's velocity is that at t alone.
 
 
 def paper_lookahead(config: ShortcutConfig, both_from_slow: bool = False) -> float:
-    """Look-ahead of the paper's windows in grid time, at shift 1 and far from both ends.
+    """Look-ahead L that the paper's windows teach, at shift 1 and far from both ends of the path.
 
-    It suits a sampler of 1 / (2 L) steps. With d the stride over n,
+    It suits a sampler of 1 / (2 L) steps. With d = stride / n of a self row, the mean of (A) over
+    all rows gives for `dual`
         L = 1 / n + (1 - rho) / rho E[d]                                                         (B)
-    for `dual` and half of that for `vanilla` (both_from_slow).
+    and half of that for `vanilla` (both_from_slow).
     """
     rho = config.teacher_ratio
     if rho == 0:
@@ -301,27 +314,31 @@ def paper_lookahead(config: ShortcutConfig, both_from_slow: bool = False) -> flo
 
 @dataclass(frozen=True)
 class MatchedConfig:
-    """Windows that teach the look-ahead which an Euler sampler of N steps requires."""
+    """Settings of windows that teach the look-ahead which an Euler sampler of N steps requires.
+
+    That look-ahead depends on t alone, so rows with different shifts can share a batch. It is
+    computed for a sampler whose shift is the middle of shift_range.
+    """
 
     steps: int = 3  # N
-    shift_range: tuple[float, float] = (2.5, 4.5)  # s ~ U[low, high] of training, drawn per row
+    shift_range: tuple[float, float] = (2.5, 4.5)  # s ~ U[low, high], drawn per row
     slow_decay: float = 0.999  # of theta_slow, per optimizer step
-    teacher_part: float = 3 / 8  # of the sampler's step, covered by the teacher
+    teacher_part: float = 3 / 8  # fraction of the sampler's step that the teacher covers
 
     def __post_init__(self):
         _require(self.steps >= 1, f"steps={self.steps} must be >= 1")
         part = self.teacher_part
         _require(0 < part <= 1, f"teacher_part={part} must lie in (0, 1]")
         _check_shift_range(self.shift_range)
-        _check_decay(self.slow_decay)
+        _check_decay("slow_decay", self.slow_decay)
 
     @property
     def shift(self) -> float:
-        """Shift of the sampler that the windows are matched to: the middle of shift_range."""
+        """Shift of the sampler that the windows are matched to."""
         return sum(self.shift_range) / 2
 
     def after(self, t: Tensor, step: float) -> Tensor:
-        """The time that lies `step` sampling steps after t, at least 0."""
+        """The sampler's time `step` steps after t, which may be a fraction; at least 0."""
         u = shift_time(t, 1 / self.shift) - step / self.steps
         return shift_time(u.clamp(min=0), self.shift)
 
@@ -338,19 +355,20 @@ def matched_windows(
 ) -> Windows:
     """Random windows whose fixed point has L(t) = L*(t); `fuse`: for `matched_fusion`.
 
-    t is uniform in grid time, with a shift for each row; all else follows from t. t_mid lies
-    `teacher_part` of a sampling step after t. The first velocity is the teacher's, by one midpoint
-    step (`matched`), so that L_1 = (t - t_mid) / 2. (A) solved for w at L = L* gives
+    t is uniform in grid time, with a shift for each row; the rest follows from t. The teacher takes
+    the first `teacher_part` of the sampler's step, t to t_mid, in one midpoint step (`matched`), so
+    L_1 = (t - t_mid) / 2. (A) at L = L* gives the weight
         w = [t - t_mid + L*(t_mid) - L*(t)] / [t - t_mid + L*(t_mid) - L_1]                      (C)
-    and t_end = t - (t - t_mid) / w. Up to rounding t_mid >= t_end >= 0, since L*(t) - L*(t_mid) is
-    at most (t - t_mid) / 2. For teacher_part = 1 the target is the teacher's mean velocity over the
-    step. The smaller it is, the more the student learns from its own EMA.
+    and t_end = t - (t - t_mid) / w. With teacher_part = 1, w = 1 and the target is one midpoint
+    step of the teacher. The smaller teacher_part, the more comes from the student's EMA.
+    t_mid >= t_end since L*(t) >= L_1, and t_end >= 0 since the numerator of (C) is at least
+    (t - t_mid) / 2 and the denominator at most t / 2 (both up to rounding).
 
-    Fusion: the first velocity is noise - x_0. (A) with L_1 = 0 holds for it in the limit of short
-    first steps only, so t_mid lies four times nearer to t. Near the data t_end is below 0, which
-    only gives the second velocity its weight.
+    Fusion: the first velocity is noise - x_0, with L_1 = 0. Then (A) holds to first order in
+    t - t_mid only, so the first step is a quarter as long. Near the data t_end is below 0. That is
+    no error: no network is called there, and t_end only sets w.
     """
-    rand = partial(torch.rand, generator=generator, device=generator and generator.device)
+    rand = _uniform(generator)
     low, high = config.shift_range
     shift = low + (high - low) * rand(batch)
     t = shift_time(1 - rand(batch), shift)
@@ -362,7 +380,7 @@ def matched_windows(
     return Windows(t, t_mid, t_end, batch, "matched fuse" if fuse else "matched")
 
 
-def matched(windows: Windows, teacher: Velocity, slow: Velocity):
+def matched(windows: Windows, teacher: Velocity, slow: Velocity) -> tuple[Velocity, Velocity]:
     """First and second velocity of matched windows: the teacher by a midpoint step, then slow."""
     _require_kind(windows, "matched")
 
@@ -374,16 +392,19 @@ def matched(windows: Windows, teacher: Velocity, slow: Velocity):
     return first, slow
 
 
-def matched_fusion(windows: Windows, x_0: Tensor, noise: Tensor, ema: Velocity):
+def matched_fusion(
+    windows: Windows, x_0: Tensor, noise: Tensor, ema: Velocity
+) -> tuple[Velocity, Velocity]:
     """First and second velocity of matched windows in training from scratch."""
     _require_kind(windows, "matched fuse")
     return _data_velocity(x_0, noise), ema
 
 
 def warm_up(decay: float, iteration: int) -> float:
-    """Decay of an EMA after the iteration-th optimizer step (1, 2, ...): at most i / (i + 4).
+    """Decay for `update_ema` after optimizer step i = 1, 2, ...: at most i / (i + 4).
 
-    So the EMA averages over no more than the last quarter of a short run.
+    The time constant of the EMA, 1 / (1 - decay) steps, is then about a quarter of the run so far.
+    The constant decays of the paper are meant for long runs.
     """
     return min(decay, iteration / (iteration + 4))
 
@@ -397,6 +418,7 @@ class TeacherPath(NamedTuple):
     mean: Tensor  # (N, B, ...): its mean velocity over the step
 
 
+@torch.no_grad()
 def teacher_path(
     teacher: Velocity, noise: Tensor, times: Tensor, substeps: int = 16, **cond: Tensor
 ) -> TeacherPath:
@@ -404,11 +426,10 @@ def teacher_path(
     x = _wide(noise)
     states, velocities, means = [], [], []
     for t, t_next in pairwise(times):
-        fine = torch.linspace(t, t_next, substeps + 1)
+        fine = torch.linspace(t, t_next, substeps + 1, dtype=times.dtype)
         x_next = euler_sample(teacher, x, fine, **cond)
-        with torch.no_grad():
-            velocities.append(_wide(teacher(x, t.to(x).expand(len(x)), **cond)))
         states.append(x)
+        velocities.append(_wide(teacher(x, t.to(x).expand(len(x)), **cond)))
         means.append((x - x_next) / (t - t_next))
         x = x_next
     return TeacherPath(times, torch.stack(states), torch.stack(velocities), torch.stack(means))
@@ -422,12 +443,14 @@ def optimal_scale(student: Velocity, path: TeacherPath, **cond: Tensor) -> Tenso
     scale lam computes, to first order. Least squares over the N steps and all rows:
     lam* = sum <v_S - v_T, mean - v_T> / sum |v_S - v_T|^2.
 
-    lam* > 1: the student needs more training for N steps. 1: it is matched. < 1: it looks too far
-    ahead. inf: it equals the teacher.
+    lam* > 1: the student does not look far enough ahead for N steps and needs more training.
+    1: it is matched. < 1: it looks too far ahead. inf: it equals the teacher.
     """
-    product, square = 0.0, 0.0
-    for t, x, v_T, mean in zip(path.times, path.x, path.velocity, path.mean):
-        v_S = _wide(student(x, t.to(x).expand(len(x)), **cond))
+    product = 0.0
+    square = 0.0
+    steps = zip(path.times[:-1], path.x, path.velocity, path.mean, strict=True)
+    for t, x, v_T, mean in steps:
+        v_S = student(x, t.to(x).expand(len(x)), **cond)
         product = product + ((v_S - v_T) * (mean - v_T)).sum()
         square = square + (v_S - v_T).square().sum()
     return torch.where(square == 0, float("inf"), product / square)
@@ -437,8 +460,14 @@ def optimal_scale(student: Velocity, path: TeacherPath, **cond: Tensor) -> Tenso
 
 
 def _data_velocity(x_0: Tensor, noise: Tensor) -> Velocity:
-    """The velocity noise - x_0 of the first rows, for as many as it is called with."""
+    """The velocity noise - x_0. Called with k rows, it returns the first k."""
     return lambda x, t, **cond: (_wide(noise) - _wide(x_0))[: len(x)]
+
+
+def _uniform(generator: torch.Generator | None) -> Callable[[int], Tensor]:
+    """The function count -> (count,) numbers uniform in [0, 1), on the generator's device."""
+    device = None if generator is None else generator.device
+    return partial(torch.rand, generator=generator, device=device)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -457,6 +486,12 @@ def _require(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _require_like(x: Tensor, other: Tensor, name: str) -> None:
+    """Equal shapes, since unequal ones might broadcast in silence."""
+    shape, expected = list(x.shape), list(other.shape)
+    _require(shape == expected, f"{name} has shape {shape}, must have {expected}")
+
+
 def _require_kind(windows: Windows, kind: str) -> None:
     _require(windows.kind == kind, f"windows of kind '{windows.kind}' must be of kind '{kind}'")
 
@@ -464,8 +499,8 @@ def _require_kind(windows: Windows, kind: str) -> None:
 def _check_shift_range(shift_range: tuple[float, float]) -> None:
     low, high = shift_range
     fits = 0 < low <= high < float("inf")
-    _require(fits, f"shift_range=({low}, {high}) must ascend, > 0")
+    _require(fits, f"shift_range=({low}, {high}) must have 0 < low <= high < inf")
 
 
-def _check_decay(decay: float) -> None:
-    _require(0 <= decay < 1, f"EMA decay {decay} must lie in [0, 1)")
+def _check_decay(name: str, decay: float) -> None:
+    _require(0 <= decay < 1, f"{name}={decay} must lie in [0, 1)")

@@ -1,6 +1,8 @@
-"""The scripts behind the README's tables still run: all of them shortened, none of the numbers."""
+"""The benchmarks: what they share, what each defines for itself, and that all still run."""
 
+import itertools
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -9,60 +11,416 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch.testing import assert_close
+
+import flux_distill as fd
+import shortcut as sc
+import toy_2d
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+import ablations
+import baselines
+import common
+import common_flux
+import iterations
+import lookahead
+import quality
+import toy
 
 FOLDER = Path(__file__).parent / "benchmarks"
 ONE = "--seeds 1 --jobs 1"
-# A command, shortened, and what its tables must hold.
-COMMANDS = {
-    "toy": (f"--flows moons --length 0.005 {ONE}", "5. few-shot, each draw"),
-    "ablations": (f"--flows moons --length 0.005 {ONE}", "oracle, shift 3"),
-    "flux": (f"--runs 'stopped when matched' --length 0.01 {ONE}", "lam*: all pairs"),
-    "baselines": (f"--on moons flux --length 0.01 {ONE}", "told its step, distilled"),
-    "iterations": (
-        "--parts flows flux --flows moons --length 0.002 --settings 1 --flux-seeds 1 " + ONE,
-        "tiny Flux",
-    ),
-    "fusion": (
-        f"--length 0.002 --flux-recipes 'matched, 3 steps' --flux-seeds 1 {ONE}",
-        "plain flow matching",
-    ),
-    "lookahead": (
-        f"--parts table scales flux --flux-rhos 0.52 --length 0.01 {ONE}",
+RUNS = [  # script, flags that shorten it, words that its tables must have
+    ("toy", f"--flows moons --length 0.005 {ONE}", "5. few-shot, each draw"),
+    ("ablations", f"--flows moons --length 0.005 {ONE}", "oracle, shift 3"),
+    ("baselines", f"--parts flows --flows moons --length 0.005 {ONE}", "8 teacher calls"),
+    ("fusion", f"--parts flows --flows moons --length 0.002 {ONE}", "plain flow matching"),
+    ("speed", "--parts small --length 0.2 --jobs 1", "latents of one image"),
+]
+SLOW_RUNS = [  # more than 10 s
+    ("baselines", f"--parts tune --first 40 --length 0.005 {ONE}", "finest 64"),
+    ("baselines", f"--parts flux --length 0.01 {ONE}", "8 teacher calls"),
+    ("baselines", f"--parts tune_flux --first 1 --length 0.01 {ONE}", "calls 4, rate"),
+    ("iterations", f"--parts flows tune --flows moons --length 0.005 --first 14 {ONE}", "to 20"),
+    ("iterations", f"--parts flux --length 0.01 {ONE}", "the paper's least error, scaled"),
+    (
+        "lookahead",
+        f"--parts table students why scales --first 6 --length 0.005 --figure figure.png {ONE}",
         "targets on the path",
     ),
-    "quality": (f"--length 0.01 --figure steps.png {ONE}", "UniPC"),
-    "fewshot": (f"--pairs 1 --length 0.02 {ONE}", "strangers"),
-    "speed": ("--config small --iterations 4 --threads 1", "latents of one picture"),
-}
+    ("lookahead", f"--parts flux --first 1 --length 0.005 {ONE}", "in time"),
+    ("fusion", f"--parts flux --length 0.002 {ONE}", "tiny Flux"),
+    ("flux", f"--parts 'all pairs' 'ten pairs' --length 0.01 {ONE}", "lam: all pairs"),
+    ("quality", f"--length 0.01 --figure figure.png {ONE}", "UniPC"),
+    ("fewshot", f"--first 1 --length 0.01 {ONE}", "ratio, strangers"),
+]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def run(name: str, flags: str, folder: Path) -> str:
     """What a script prints; on a CPU, and as a notebook's terminal would start it."""
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     env["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
     call = [sys.executable, FOLDER / f"{name}.py", *shlex.split(flags)]
-    done = subprocess.run(call, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(call, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
+def check(name: str, flags: str, words: str, folder: Path) -> None:
+    """It prints its tables and keeps its numbers."""
+    printed = run(name, f"{flags} --results numbers.json", folder)
+    assert words in printed and "| --- |" in printed
+    assert "nan" not in printed
+    assert common.load(folder / "numbers.json")
+    assert ("--figure" in flags) == (folder / "figure.png").exists()
+
+
+@pytest.mark.parametrize("name, flags, words", RUNS)
+def test_a_benchmark_prints_its_tables(name, flags, words, tmp_path):
+    check(name, flags, words, tmp_path)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_benchmark_prints_its_table(name, tmp_path):
-    flags, words = COMMANDS[name]
-    printed = run(name, flags, tmp_path)
-    assert words in printed and "| " in printed
+@pytest.mark.parametrize("name, flags, words", SLOW_RUNS)
+def test_a_longer_benchmark_prints_its_tables(name, flags, words, tmp_path):
+    check(name, flags, words, tmp_path)
+
+
+def test_every_benchmark_runs():
+    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"common", "common_flux", "gpu"}
+    assert scripts == {name for name, *_ in RUNS + SLOW_RUNS}
+
+
+# ----------------------------------------------------------------------------------------- results
+
+
+def count_calls(file: str, value: float, length: float) -> dict:
+    with open(file, "a") as log:
+        log.write("x")
+    return {"value": value * length, "by steps": {3: value}}
+
+
+def tasks_of(file: Path, values) -> dict[str, list[common.Task]]:
+    return {"part": [common.Task(count_calls, {"file": str(file), "value": v}) for v in values]}
+
+
+def test_rows_are_measured_once_and_in_the_order_of_their_tasks(tmp_path):
+    log, path = tmp_path / "log", tmp_path / "results.json"
+    first = common.collect(tasks_of(log, [2.0]), path)
+    rows = common.collect(tasks_of(log, [1.0, 2.0, 3.0]), path)
+    assert [row.found["value"] for row in rows] == [1.0, 2.0, 3.0]
+    assert rows[1] == first[0] and log.read_text() == "x" * 3
+    assert sorted(row.found["value"] for row in common.load(path)) == [1.0, 2.0, 3.0]
+
+
+def test_rows_of_another_length_are_others_and_fresh_measures_again(tmp_path):
+    log, path = tmp_path / "log", tmp_path / "results.json"
+    common.collect(tasks_of(log, [1.0]), path)
+    short = common.collect(tasks_of(log, [1.0]), path, length=0.5)
+    assert short[0].found["value"] == 0.5 and len(common.load(path)) == 2
+    common.collect(tasks_of(log, [1.0]), path, fresh=True)
+    assert len(log.read_text()) == 3 and len(common.load(path)) == 2
+
+
+def test_results_say_what_made_them_and_what_has_changed_since(tmp_path):
+    path = tmp_path / "results.json"
+    rows = common.collect(tasks_of(tmp_path / "log", [1.0]), path)
+    assert rows == common.load(path)
+    assert rows[0].seconds > 0 and rows[0].found["by steps"] == {3: 1.0}
+    made = rows[0].origin
+    assert made["versions"]["torch"] == torch.__version__ and "cores" in made["machine"]
+    assert {"shortcut.py", "toy_2d.py", "tests/benchmarks/common.py"} <= made["sources"].keys()
+    assert not any("site-packages" in name for name in made["sources"])
+    assert common.changed_sources(rows) == []
+    kept = json.loads(path.read_text())
+    kept["origins"][0]["sources"]["toy_2d.py"] = "another"
+    path.write_text(json.dumps(kept))
+    assert common.changed_sources(common.load(path)) == ["toy_2d.py"]
+
+
+def test_interval_is_students_t_and_ratio_is_geometric():
+    mean, half = common.interval([1.0, 2.0, 3.0])
+    assert mean == 2.0
+    assert_close(half, 4.30 / 3**0.5)
+    assert math.isnan(common.interval([1.0])[1])
+    with pytest.raises(IndexError):
+        common.interval([1.0] * 11)  # not in the table of t
+    assert common.mean_text([1.0, 2.0, 3.0], 1) == "2.0 ± 2.5"
+    assert common.mean_text([1.0], 2) == "1.00" and common.mean_text([]) == ""
+    assert common.ratio_text([1.0, 4.0], [2.0, 2.0]).startswith("1.00 [")
+
+
+def test_network_calls_are_those_that_a_training_makes():
+    """The student's two calls for backward besides."""
+    calls = []
+
+    def counted(x, t):
+        calls.append(len(x))
+        return torch.zeros_like(x).requires_grad_()
+
+    x_0 = torch.zeros(1000, 2)
+    made = {}
+    for config in (common.paper(), common.matched()):
+        for fuse in (False, True):
+            calls.clear()
+            matched = isinstance(config, sc.MatchedConfig)
+            draw = sc.matched_windows if matched else sc.sample_windows
+            windows = draw(config, 1000, fuse=fuse, generator=seeded())
+            if fuse:
+                velocities = sc.matched_fusion if matched else sc.fusion
+                first, second = velocities(windows, x_0, x_0, counted)
+            elif matched:
+                first, second = sc.matched(windows, counted, counted)
+            else:
+                first, second = sc.dual(windows, counted, counted, counted)
+            sc.shortcut_loss(windows, x_0, x_0, counted, first, second)
+            made[config, fuse] = 2 + sum(calls) / 1000
+    for (config, fuse), number in made.items():
+        assert abs(common.network_calls(config, fuse) - number) < 0.002
+
+
+def test_mean_velocity_is_exact_where_the_midpoint_rule_is_and_second_order_elsewhere():
+    t, t_end = torch.tensor([1.0, 0.7]), torch.tensor([0.4, 0.1])
+    x = torch.tensor([[1.0], [2.0]])
+    linear = common.mean_velocity(lambda x, t: t[:, None].expand_as(x), x, t, t_end, calls=2)
+    assert_close(linear, ((t + t_end) / 2)[:, None])
+    exact = x * (1 - torch.exp(-(t - t_end)))[:, None] / (t - t_end)[:, None]  # x' = x
+    errors = []
+    for calls in (4, 8):
+        found = common.mean_velocity(lambda x, t: x, x, t, t_end, calls)
+        errors.append((found - exact).abs().max())
+    assert errors[0] < 0.3**2 / 6 * x.max()  # h^2 / 6 |v''|, steps of 0.3
+    assert 3.5 < errors[0] / errors[1] < 4.5
+
+
+# ------------------------------------------------------------------------------ definitions of each
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return toy_2d.train_teacher(toy_2d.moons, 100, seed=0)
+
+
+def variant(name: str) -> ablations.Variant:
+    return next(some for some in ablations.VARIANTS if some.name == name)
+
+
+@pytest.mark.parametrize(
+    "name", ["**as shipped**: matched windows, shift 1", "paper windows, rho 0.4 (the paper)"]
+)
+def test_ablations_train_as_toy_2d_does(name, teacher):
+    """To the bit, where nothing is changed."""
+    base = variant(name)
+    student = ablations.train(base, teacher, toy_2d.moons, 5, seed=3)
+    expected = toy_2d.distil(teacher, toy_2d.moons, base.config, 5, seed=3)[5]
+    for a, b in zip(student.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_every_variant_changes_the_student(teacher):
+    """But for a bound on the EMA's decay that so short a run does not reach."""
+    students = {}
+    for one in ablations.VARIANTS:
+        student = ablations.train(one, teacher, toy_2d.moons, 4, seed=0)
+        students[one.name] = torch.cat([w.flatten() for w in student.parameters()])
+    for a, b in itertools.combinations(students, 2):
+        if b != "EMA decay at most 0.99":
+            assert not torch.equal(students[a], students[b]), (a, b)
+
+
+def lookahead_of(windows: sc.Windows, first, L) -> torch.Tensor:
+    """Of the target of each row, by (A), if the student looks ahead by L."""
+    t, t_mid, t_end = (time.double() for time in windows[:3])
+    w = (t - t_mid) / (t - t_end)
+    return w * first + (1 - w) * (t - t_mid + L(t_mid))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_one_grid_step_has_the_required_lookahead(shift):
+    config = common.matched(3, shift)
+    windows = ablations.one_grid_step(config, 2000, seeded())
+    u, u_mid = (sc.shift_time(t, 1 / shift) for t in windows[:2])
+    assert_close(u - u_mid, u.clamp(max=1 / 32), atol=1e-5, rtol=0)
+    found = lookahead_of(windows, 0.0, config.lookahead)
+    assert_close(found, config.lookahead(windows.t.double()), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_equal_halves_have_the_required_lookahead_on_average(shift):
+    config = common.paper(0.4, shift)
+    windows = ablations.equal_halves(config, 400_000, seeded())
+    k = windows.teacher_rows
+    if shift == 1:
+        assert abs(k / 400_000 - 0.467) < 1e-3  # over all starts
+    u, u_mid, u_end = (sc.shift_time(t.double(), 1 / shift) for t in windows[:3])
+    assert_close(u - u_mid, u_mid - u_end, atol=1e-5, rtol=0)
+    required = common.matched(3, shift).lookahead
+    of_teacher_rows = lookahead_of(windows, 0.0, required)[:k]
+    of_self_rows = lookahead_of(windows, required(windows.t.double()), required)[k:]
+    ahead = torch.cat([of_teacher_rows, of_self_rows])
+    for start in (16, 24, 32):
+        rows = (32 * u).round() == start
+        goal = required(windows.t[rows].double())
+        assert_close(ahead[rows].mean(), goal.mean(), atol=1e-3, rtol=0.01)
+
+
+def test_windows_to_the_next_stop_end_there():
+    windows = ablations.to_next_stop(common.matched(3), 1000, seeded())
+    t, t_mid, t_end = windows[:3]
+    assert_close(t_end, ((t * 3 - 1e-4).ceil() - 1) / 3, atol=1e-6, rtol=0)
+    assert (t > t_mid).all() and (t_mid >= t_end).all()
+
+
+def test_authors_windows_are_aligned_merges_up_to_the_full_path():
+    t, t_mid, t_end, k, _ = ablations.authors_windows(common.paper(), 4000, seeded())
+    stride = (32 * (t - t_mid))[k:].round()
+    assert set(stride.tolist()) == {2.0, 4.0, 8.0, 16.0}
+    assert_close(((32 * t_end)[k:] / (2 * stride)).frac(), torch.zeros(4000 - k))
+    assert (t <= 1).all() and (t_end >= 0).all()
+
+
+def test_targets_that_are_pointwise_or_plain_means():
+    config, x = common.paper(0.5, 3.0), torch.ones(200, 1)
+    first, second = (lambda x, t: x), (lambda x, t: 10 * torch.ones_like(x))
+    windows = ablations.plain_mean(config, 200, seeded())
+    assert_close(sc.shortcut_target(windows, x, first, second), 5.5 * x)
+    windows = ablations.pointwise(config, 200, seeded())
+    target = sc.shortcut_target(windows, x, first, second)
+    k = windows.teacher_rows
+    assert_close(target[:k], x[:k])
+    assert (target[k:] > 2).all()
+
+
+def test_shortcut_model_starts_as_its_teacher_at_any_step(teacher):
+    x, t, d = torch.randn(50, 2, generator=seeded()), torch.rand(50), torch.rand(50)
+    assert_close(baselines.StepMLP(teacher)(x, t, d), teacher(x, t))
+
+
+def test_budgets_of_the_rivals():
+    assert sum(count for _, count in baselines.rungs((24, 12, 6, 3), 700, 2.0)) == 700
+    assert baselines.rungs((24, 12, 6, 3), 700, 2.0) == [(12, 100), (6, 200), (3, 400)]
+    k, count = baselines.step_size_rows(1e6, 100, 0.25, True)
+    assert k == 25 and abs(count * (25 * 4 + 75 * 5) - 1e6) < 500
+
+
+def test_halved_windows_are_steps_of_the_sampler():
+    N = torch.tensor([1, 3, 8]).repeat(100)
+    t, t_mid, t_end, *_ = baselines.halved(N, seeded())
+    assert_close((t * N).frac().minimum(1 - (t * N).frac()), torch.zeros(300), atol=1e-5, rtol=0)
+    assert_close((t - t_end) * N, torch.ones(300))
+    assert_close(t_mid, (t + t_end) / 2)
+
+
+@pytest.mark.parametrize(
+    "windows, value, shift",
+    [("2, 4, 8", 0.3, 1.0), ("1, 2, 4", 0.52, 3.0), ("matched", 3, 1.0), ("matched", 8, 3.0)],
+)
+def test_predicted_lookahead_is_that_of_the_windows_on_a_table(windows, value, shift):
+    config = lookahead.config_of(windows, value, shift)
+    expected = torch.tensor(lookahead.predicted_lookahead(config), dtype=torch.float64)
+    found = lookahead.lookahead_on_table(config, rows=50_000)
+    assert_close(found, expected, atol=0.008, rtol=0)
+    if windows == "matched":
+        required = config.lookahead(lookahead.grid(config))
+        assert_close(expected, required, atol=0.002, rtol=0)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_measured_lookahead_is_that_of_a_velocity_with_a_known_one(shift):
+    """The teacher's velocity a distance ahead of t, in a flow where it is linear in t."""
+    config = lookahead.config_of("matched", 3, shift)
+    direction = torch.randn(64, 2, generator=seeded())
+    teacher = lambda x, t: direction * t[:, None]  # noqa: E731
+    student = lambda x, t: direction * (0.8 * t[:, None])  # noqa: E731
+    found = lookahead.measured_lookahead(student, teacher, direction, config)
+    expected = 0.2 * lookahead.grid(config)[1:]
+    for name in ("exponential", "uniform"):
+        assert_close(torch.tensor(found[name]), expected.float(), atol=2e-3, rtol=0.02)
+    assert min(found["explained"]) > 0.99
+
+
+def test_calls_to_a_level_are_interpolated():
+    curve = {"calls": [100, 400, 1600], "scale 1": [8.0, 2.0, 1.0], "scaled": [4.0, 2.0, 1.0]}
+    assert_close(iterations.calls_to(curve, "scale 1", 4.0, 7), 200.0)
+    assert_close(iterations.calls_to(curve, "scaled", 4.0, 7.0), 107.0)
+    assert iterations.calls_to(curve, "scale 1", 0.5, 7) == float("inf")
+    column = [[curve], [curve | {"scale 1": [9.0, 9.0, 0.4]}]]
+    assert iterations.soonest(column, "scale 1", [2.0], 0) == ([400.0], 0)
+    assert iterations.soonest(column, "scale 1", [0.5], 0)[1] == 1
+    assert iterations.least_errors(column, "scale 1") == [0.4]
+
+
+def test_verdicts():
+    assert toy.verdict([1e-3], [2e-3], [1e-5]) == "yes"
+    assert toy.verdict([2e-3], [1e-3], [1e-5]) == "no"
+    assert toy.verdict([2e-4], [1e-4], [1e-4]) == "both at the floor"
+
+
+# ---------------------------------------------------------------------------------------- tiny Flux
+
+
+@pytest.mark.parametrize("paper", [False, True], ids=["matched", "paper"])
+def test_tiny_flux_is_distilled_as_flux_distill_does(paper, tmp_path):
+    """To the bit, for the config that flux_distill.py would take."""
+    more = ["--batch", 4, "--limit", 4] + ["--paper"] * paper
+    settings = common_flux.demonstration(tmp_path, 0, *more, length=0.015)
+    assert settings.iterations == 3
+    world = common_flux.TinyFlux(settings)
+    ours = world.distil(fd.windows_of(settings), 3, snapshots=[2])
+    assert sorted(ours) == [2, 3]
+    world = common_flux.TinyFlux(settings)
+    state = fd.TrainState(world.lora.initial_weights(), settings)
+    for _ in fd.train(settings, world.cache, world.pool, world.lora, state):
+        pass
+    assert torch.equal(ours[3], state.student)
+
+
+def test_solvers_are_of_their_order():
+    """On x' = x from t = 1 to 0, where x ends at x / e."""
+    x = torch.ones(1, 2, dtype=torch.float64)
+    velocity = lambda x, t: x  # noqa: E731
+    orders = {"Euler": 1, "midpoint": 2, "Heun": 2, "Adams-Bashforth, order 2": 2}
+    for name, order in orders.items():
+        errors = []
+        for calls in (32, 64):
+            end = quality.SOLVERS[name](velocity, x, calls, 1.0)
+            errors.append((end - x / math.e).abs().max().item())
+        assert abs(math.log2(errors[0] / errors[1]) - order) < 0.15, (name, errors)
+
+
+def test_every_solver_makes_as_many_calls_as_it_says_and_nears_the_end():
+    x = torch.ones(1, 2)
+    for name, solver in quality.SOLVERS.items():
+        for calls in (3, 8):
+            seen = []
+            end = solver(lambda x, t, seen=seen: seen.append(1) or x, x, calls, 1.0)
+            assert len(seen) == calls, name
+        assert (end - x / math.e).abs().max() < 0.03, name
+
+
+def test_frechet_distance_of_gaussians():
+    eye = torch.eye(3, dtype=torch.float64)
+    a = {"mean": torch.zeros(3), "covariance": 4 * eye}
+    b = {"mean": torch.tensor([1.0, 2.0, 0.0]), "covariance": 9 * eye}
+    assert_close(common_flux.frechet(a, b), 5.0 + 3 * (3 - 2) ** 2, rtol=1e-6, atol=0)
+    assert abs(common_flux.frechet(a, a)) < 1e-9
+
+
+# --------------------------------------------------------------------------------------------- GPU
 
 
 @pytest.mark.slow
 def test_gpu_tries_each_part_on_a_small_configuration(tmp_path):
     parts = ("gradients", "steps", "full")
-    printed = run("gpu", f"--parts {' '.join(parts)} --out gpu.json", tmp_path)
-    results = json.loads((tmp_path / "gpu.json").read_text())
-    found = {part: set().union(*results[part]) for part in parts}
-    assert "CPU" in results["machine"]["device"]
+    printed = run("gpu", f"--parts {' '.join(parts)} --results gpu.json", tmp_path)
+    rows = common.load(tmp_path / "gpu.json")
+    found = {part: set().union(*(r.found for r in common.where(rows, part))) for part in parts}
     assert found["gradients"] >= {"kernel", "gradient", "teacher", "student", "pipeline"}
-    assert found["steps"] >= {"sampling", "checks", "step", "calls", "ratio"}
+    assert found["steps"] >= {"sampling", "checks", "step", "calls", "tflops"}
     assert found["full"] >= {"made", "phases", "table", "self_check"}
     assert not any({"error", "stopped", "note"} & names for names in found.values())
     heads = ("attention kernel, tiny Flux", "kernels in use", "pixels | batch", "full, phase")

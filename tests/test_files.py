@@ -212,7 +212,7 @@ def test_toy_knows_its_figures_without_its_results(tmp_path):
 def test_toy_replaces_its_own(tmp_path):
     toy(tmp_path)
     toy(tmp_path, "--seed", 1)
-    assert json.loads((tmp_path / "results.json").read_text())["settings"]["seed"] == "1"
+    assert json.loads((tmp_path / "results.json").read_text())["settings"]["seed"] == 1
 
 
 # -------------------------------------------------------------------------------------- full disks
@@ -433,7 +433,7 @@ def test_a_stop_of_the_toy_is_one_sentence(tmp_path, monkeypatch):
     def stopping(*_):
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(toy_2d, "train_student", stopping)
+    monkeypatch.setattr(toy_2d, "distil", stopping)
     with pytest.raises(SystemExit, match="stopped; the same command starts over"):
         toy(tmp_path)
 
@@ -525,7 +525,7 @@ def test_numbers_out_of_range_end_with_a_sentence(flags, tmp_path, capsys):
         ["--shift", "1e-300"],
         ["--iterations", str(10**30)],
         ["--few-shot", str(10**14)],
-        ["--student-steps", str(10**9), "--paper"],
+        ["--student-steps", str(10**9)],
     ],
     ids=" ".join,
 )

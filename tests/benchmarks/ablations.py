@@ -1,229 +1,366 @@
 """What each choice is worth: python tests/benchmarks/ablations.py (ten minutes on 2 cores)
 
-Trains a student of the 2-D flows with one choice changed at a time and prints a Markdown table.
-Variants that shortcut.py does not ship live here.
+Students of the 2-D flows with one choice changed at a time, 1,000 iterations each. Variants that
+shortcut.py does not have are written here. Errors as in toy.py.
 """
-
-import toy as bench  # isort: skip; tests/benchmarks/toy.py: it sets threads before torch starts
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
+import common
 import torch
+from torch import Tensor, nn
 
 import shortcut as sc
 import toy_2d
 
+ITERATIONS = 1000
+FLOWS = ["moons", "gaussians"]
+STEPS = 3  # of all students but one in each table
 
-def equal_halves(config, batch, generator):
-    """Matched by their share: halves of equal grid time, teacher rows in the odds rho(u) to others.
+# ----------------------------------------------------------------------------------------- windows
 
-    A self row's half is a stride drawn from `strides`, a teacher row's one grid step, cut to fit.
-    L(u) = rho L_teacher_row + (1 - rho) L_self_row is solved for rho at the wanted L = L*.
+
+def one_grid_step(config: sc.MatchedConfig, batch: int, generator) -> sc.Windows:
+    """Matched windows in which the teacher covers one step of the grid of 32, by its velocity at t.
+
+    So the first velocity has no look-ahead, and (A) gives 1 - w = L*(t) / [t - t_mid + L*(t_mid)].
     """
-    n, N, shift = config.grid_steps, config.student_steps, sum(config.shift_range) / 2
+    t = sc.matched_windows(config, batch, generator=generator).t
+    t_mid = config.after(t, config.steps / 32)
+    w = 1 - config.lookahead(t) / (t - t_mid + config.lookahead(t_mid))
+    return sc.Windows(t, t_mid, t - (t - t_mid) / w, batch, "matched")
+
+
+def to_next_stop(config: sc.MatchedConfig, batch: int, generator) -> sc.Windows:
+    """Matched windows that end where the N-step sampler stops next: exact at its own stops."""
+    windows = sc.matched_windows(config, batch, generator=generator)
+    stops = sc.time_grid(config.steps, config.shift).flip(0)
+    t_end = stops[torch.searchsorted(stops, windows.t - 1e-6) - 1]
+    return windows._replace(t_mid=torch.maximum(windows.t_mid, t_end), t_end=t_end)
+
+
+def equal_halves(config: sc.ShortcutConfig, batch: int, generator) -> sc.Windows:
+    """The paper's windows, with as many teacher rows at each grid time as L = L* requires.
+
+    Both steps of a window are equally long in grid time, and shorter where they would not fit. With
+    rho(u) the fraction of teacher rows among those that start at u, at the fixed point
+    L(u) = rho L_teacher_row + (1 - rho) L_self_row. This is solved for rho at L = L*.
+    """
+    n = config.grid_steps
+    shift = config.shift_range[0]
+    required = common.matched(STEPS, shift).lookahead
     u = torch.arange(1, n + 1, dtype=torch.float64) / n
 
-    def wanted(u):
-        return (sc.shift_time(u, shift) - sc.shift_time((u - 1 / N).clamp(min=0), shift)) / 2
+    def row_lookahead(stride: int, first: Tensor | float) -> Tensor:
+        """Look-ahead of a window, given that of its first velocity."""
+        half = (u / 2).clamp(max=stride / n)
+        t, t_mid, t_end = (sc.shift_time(u - j * half, shift) for j in (0, 1, 2))
+        w = (t - t_mid) / (t - t_end)
+        return w * first + (1 - w) * (t - t_mid + required(t_mid))
 
-    def window(stride):  # weight of the first velocity; time to the second; what it looks ahead
-        d = (u / 2).clamp(max=stride / n)
-        t, t_mid, t_end = (sc.shift_time(u - j * d, shift) for j in (0, 1, 2))
-        return (t - t_mid) / (t - t_end), t - t_mid, wanted(u - d)
+    goal = required(sc.shift_time(u, shift))
+    of_teacher_rows = row_lookahead(1, 0.0)
+    of_self_rows = torch.stack([row_lookahead(d, goal) for d in config.strides]).mean(0)
+    rho = ((of_self_rows - goal) / (of_self_rows - of_teacher_rows)).clamp(0.05, 0.95)
+    odds = rho / (1 - rho)  # of a teacher row, if the starts of self rows are uniform
+    fraction = (odds.mean() / (1 + odds.mean())).item()
 
-    w, step, ahead = (torch.stack(column) for column in zip(*map(window, config.strides)))
-    own = (w * wanted(u) + (1 - w) * (step + ahead)).mean(0)
-    w, step, ahead = window(1)
-    rho = (own - wanted(u)) / (own - (1 - w) * (step + ahead))
-    odds = (rho := rho.clamp(0.05, 0.95)) / (1 - rho)
-    share = odds.mean().item() / (1 + odds.mean().item())
-    k = int(share * batch + torch.rand(1, generator=generator).item())
-    stride = torch.tensor(config.strides)[torch.randint(3, (batch,), generator=generator)]
+    k = int(fraction * batch + torch.rand(1, generator=generator).item())
+    choice = torch.randint(len(config.strides), (batch,), generator=generator)
+    stride = torch.tensor(config.strides)[choice]
     stride[:k] = 1
     start = torch.randint(1, n + 1, (batch,), generator=generator)
-    start[:k] = 1 + torch.multinomial(odds, batch, True, generator=generator)[:k]
-    d = torch.minimum(stride, start / 2) / n
-    return sc.Windows(*(sc.shift_time(start / n - j * d, shift) for j in (0, 1, 2)), k)
+    start[:k] = 1 + torch.multinomial(odds, k, True, generator=generator)
+    half = torch.minimum(stride, start / 2) / n
+    times = (sc.shift_time(start / n - j * half, shift) for j in (0, 1, 2))
+    return sc.Windows(*times, k, "distil")
 
 
-def next_stop(config, batch, generator):
-    """Matched windows that end where the N-step sampler stops next: exact, at its own stops."""
-    t, t_mid, _, k = sc.sample_windows(config, batch, generator=generator)
-    stops = sc.time_grid(config.student_steps, sum(config.shift_range) / 2).flip(0)
-    t_end = stops[torch.searchsorted(stops, t - 1e-6) - 1]
-    return sc.Windows(t, torch.maximum(t_mid, t_end), t_end, k)
+def authors_windows(config: sc.ShortcutConfig, batch: int, generator) -> sc.Windows:
+    """The authors' code: aligned merges of two steps on grids of 2, 4, 8 and 16 steps.
 
-
-def authors_windows(config, batch, generator):
-    """Aligned two-step merges on grids of 2, 4, 8 and 16 steps; teacher rows as in the paper."""
+    Teacher rows are as in the paper.
+    """
     windows = sc.sample_windows(config, batch, generator=generator)
     k, n = windows.teacher_rows, config.grid_steps
     stride = 2.0 ** torch.randint(1, 5, (batch,), generator=generator)
-    merges = n / (2 * stride)
-    u = (n - 2 * stride * (torch.rand(batch, generator=generator) * merges).floor()) / n
+    merges = n / (2 * stride)  # that fit in the path
+    merge = (torch.rand(batch, generator=generator) * merges).floor()
+    start = n - 2 * stride * merge
     low, high = config.shift_range
     shift = low + (high - low) * torch.rand(batch, generator=generator)
-    times = [sc.shift_time((u - j * stride / n).clamp(min=0), shift) for j in (0, 1, 2)]
-    return sc.Windows(*(torch.cat([a[:k], b[k:]]) for a, b in zip(windows, times)), k)
+    times = [sc.shift_time((start - j * stride).clamp(min=0) / n, shift) for j in (0, 1, 2)]
+    of_rows = [torch.cat([paper[:k], aligned[k:]]) for paper, aligned in zip(windows, times)]
+    return sc.Windows(*of_rows, k, "distil")
+
+
+def pointwise(config: sc.ShortcutConfig, batch: int, generator) -> sc.Windows:
+    """The paper's windows, but the target of teacher rows is the teacher's velocity at t alone."""
+    windows = sc.sample_windows(config, batch, generator=generator)
+    k = windows.teacher_rows
+    t_mid = torch.cat([windows.t_end[:k], windows.t_mid[k:]])  # so the second weighs nothing
+    return windows._replace(t_mid=t_mid)
+
+
+def plain_mean(config: sc.ShortcutConfig, batch: int, generator) -> sc.Windows:
+    """The paper's windows, but the target is (v_1 + v_2) / 2 however long the two steps are."""
+    windows = sc.sample_windows(config, batch, generator=generator)
+    return windows._replace(t_end=2 * windows.t_mid - windows.t)  # it only gives the weights
+
+
+# -------------------------------------------------------------------------- velocities and losses
+
+
+class Networks(NamedTuple):
+    student: nn.Module
+    teacher: nn.Module
+    fast: nn.Module
+    slow: nn.Module
+
+
+def of_matched(windows, nets: Networks, x_0, noise):
+    return sc.matched(windows, nets.teacher, nets.slow)
+
+
+def of_one_grid_step(windows, nets: Networks, x_0, noise):
+    return nets.teacher, nets.slow
+
+
+def of_paper(windows, nets: Networks, x_0, noise):
+    return sc.dual(windows, nets.teacher, nets.fast, nets.slow)
+
+
+def of_algorithm_1(windows, nets: Networks, x_0, noise):
+    return sc.vanilla(windows, nets.teacher, nets.slow)
+
+
+def renoised(windows, nets: Networks, x_0, noise):
+    """Matched, but the state at t_mid is made of the same data and noise, not by an Euler step."""
+    first, _ = sc.matched(windows, nets.teacher, nets.slow)
+    return first, lambda x, t: nets.slow(sc.interpolate(x_0, noise, t), t)
+
+
+def shortcut(variant: "Variant", nets: Networks, x_0, noise, generator) -> Tensor:
+    windows = variant.windows(variant.config, len(x_0), generator=generator)
+    first, second = variant.velocities(windows, nets, x_0, noise)
+    return sc.shortcut_loss(windows, x_0, noise, nets.student, first, second)[0]
+
+
+def direct(calls: int, variant: "Variant", nets: Networks, x_0, noise, generator) -> Tensor:
+    return common.direct_loss(
+        variant.config, calls, nets.teacher, nets.student, x_0, noise, generator
+    )
+
+
+def oracle(variant: "Variant", nets: Networks, x_0, noise, generator) -> Tensor:
+    """Regression on the teacher's exact mean velocity, only where the sampler stops."""
+    times = sc.time_grid(STEPS, variant.shift)
+    stop = torch.randint(STEPS, (len(x_0),), generator=generator)
+    t = times[stop]
+    x_t = sc.interpolate(x_0, noise, t)
+    target = common.mean_velocity(nets.teacher, x_t, t, times[stop + 1], calls=16)
+    return (nets.student(x_t, t) - target).square().mean()
+
+
+# ---------------------------------------------------------------------------------------- variants
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One line of the table. `settings` go to ShortcutConfig; the others change the training."""
+    """One line of the table."""
 
     name: str
     expected: str
-    settings: dict = field(default_factory=lambda: bench.matched(3))
-    shift: float = 1.0  # of training (unless `settings` has a range) and sampling
-    draw: Callable = sc.sample_windows
-    second: str = "slow"  # the average behind the second velocity of matched windows
-    renoised: bool = False  # x at t_mid from the same data and noise, not by an Euler step
-    pointwise: bool = False  # teacher rows regress on the teacher's velocity at (x_t, t)
-    plain_mean: bool = False  # (v_1 + v_2) / 2, whatever the lengths
+    config: sc.ShortcutConfig | sc.MatchedConfig
+    windows: Callable = sc.matched_windows
+    velocities: Callable = of_matched
+    loss: Callable = shortcut
+    shift: float = 1.0  # of the sampler
+    ema_warmup: bool = True  # or a constant decay
     ema_dtype: torch.dtype = torch.float32
-    warm: bool = True  # the averages remember a quarter of the run so far; False: constant
-    oracle: bool = False  # regression on the exact mean velocity of the sampler's own steps
 
 
-def paper(rho):
-    return dict(teacher_ratio=rho)
+def of_matched_windows(name: str, expected: str, shift: float = 1.0, **more) -> Variant:
+    return Variant(name, expected, common.matched(STEPS, shift), shift=shift, **more)
 
 
+def of_paper_windows(name: str, expected: str, rho: float, shift: float = 1.0, **more) -> Variant:
+    how = {"windows": sc.sample_windows, "velocities": of_paper} | more
+    return Variant(name, expected, common.paper(rho, shift), shift=shift, **how)
+
+
+def constant_ema(decay: float, expected: str) -> Variant:
+    config = common.matched(STEPS, slow_decay=decay)
+    return Variant(f"constant EMA decay {decay:g}", expected, config, ema_warmup=False)
+
+
+def teacher_part(part: float, label: str, expected: str) -> Variant:
+    config = common.matched(STEPS, teacher_part=part)
+    return Variant(f"teacher covers {label} of the step", expected, config)
+
+
+def shift_range(low: float, high: float, expected: str) -> Variant:
+    config = sc.MatchedConfig(STEPS, shift_range=(low, high))
+    return Variant(f"shift range {low:g}-{high:g}, sampled at 3", expected, config, shift=3.0)
+
+
+ONE_GRID_STEP = {"windows": one_grid_step, "velocities": of_one_grid_step}
 VARIANTS = (
-    Variant("**as shipped**: matched windows, shift 1", "lam* about 1"),
-    Variant("the fast average instead of the slow", "the same, sooner", second="fast"),
-    *(Variant(f"averages of constant memory, {fast:g} / {slow:g}", expected,
-              bench.matched(3) | dict(fast_decay=fast, slow_decay=slow), warm=False)
-      for fast, slow, expected in ((0.99, 0.999, "stalls: as long as the run (the paper)"),
-                                   (0.95, 0.99, "slower"), (0.8, 0.9, "as good, sooner"))),
-    Variant("matched share, equal halves", "the same mean look-ahead, more spread out",
-            draw=equal_halves),
-    Variant("windows end at the sampler's next stop", "exact at 3 times, a jump at each",
-            draw=next_stop),
-    Variant("vanilla, paper windows, rho 0.4", "half the look-ahead of dual: suits 4 steps",
-            {**paper(0.4), "dual": False}),
-    Variant("paper windows, rho 0.2", "overshoots: look-ahead 0.61", paper(0.2)),
-    Variant("paper windows, rho 0.4 (the paper)", "overshoots: suits 2 steps", paper(0.4)),
-    Variant("paper windows, rho 0.52", "lam* about 1, worse than matched: uneven", paper(0.52)),
-    Variant("paper windows, rho 0.8", "under-trained: suits 7 steps", paper(0.8)),
-    Variant("authors' windows, rho 0.4", "overshoots: windows up to the full path", paper(0.4),
-            draw=authors_windows),
-    Variant("paper windows, rho 0.52, teacher rows point-wise", "look-ahead shorter by about 1/n",
-            paper(0.52), pointwise=True),
-    Variant("re-noised midpoint", "worse: the midpoint leaves the path", renoised=True),
-    Variant("EMAs in bfloat16", "stalls: the averages stay the teacher", ema_dtype=torch.bfloat16),
-    Variant("oracle: the teacher's exact mean velocity", "the best a 3-step student can be",
-            oracle=True),
-    Variant("**as shipped**, shift 3", "lam* about 1", shift=3.0),
-    Variant("shift range 2-4, sampled at 3", "the same: L\\*(t) is that of shift 3",
-            {**bench.matched(3), "shift_range": (2.0, 4.0)}, shift=3.0),
-    Variant("shift range 2.5-4.5, sampled at 3", "matched to 3.5, so nearly as good",
-            {**bench.matched(3), "shift_range": (2.5, 4.5)}, shift=3.0),
-    Variant("matched share, equal halves, shift 3", "worse than at shift 1", shift=3.0,
-            draw=equal_halves),
-    Variant("paper windows, rho 0.52, shift 3", "far worse than matched", paper(0.52), shift=3.0),
-    Variant("the same, plain mean", "biased where halves differ most", paper(0.52), shift=3.0,
-            plain_mean=True),
-    Variant("oracle, shift 3", "the best a 3-step student can be", shift=3.0, oracle=True),
+    of_matched_windows("**as shipped**: matched windows, shift 1", "lam* about 1"),
+    of_matched_windows(
+        "teacher covers one grid step, by its velocity at t", "deeper bootstrapping",
+        **ONE_GRID_STEP,
+    ),
+    teacher_part(1 / 4, "1/4", "nearly the same"),
+    teacher_part(1 / 2, "1/2", "nearly the same"),
+    teacher_part(1, "all", "error of one midpoint step over the whole step"),
+    of_matched_windows(
+        "direct regression, 4 teacher calls", "as good", loss=partial(direct, 4)
+    ),
+    of_matched_windows(
+        "direct regression, 8 teacher calls", "as good, for more calls", loss=partial(direct, 8)
+    ),
+    Variant(
+        "EMA decay at most 0.99", "the same, sooner", common.matched(STEPS, slow_decay=0.99)
+    ),
+    constant_ema(0.999, "stalls: averages over the whole run (the paper)"),
+    constant_ema(0.99, "slower"),
+    constant_ema(0.9, "as good, sooner"),
+    of_matched_windows(
+        "re-noised midpoint", "worse: the midpoint leaves the path", velocities=renoised
+    ),
+    of_matched_windows(
+        "windows end at the sampler's next stop", "exact at 3 times, a jump at each",
+        windows=to_next_stop,
+    ),
+    of_matched_windows(
+        "EMA in bfloat16", "stalls: the EMA stays the teacher", ema_dtype=torch.bfloat16
+    ),
+    of_matched_windows(
+        "oracle: exact mean velocity at the sampler's stops", "the best a 3-step student can be",
+        loss=oracle,
+    ),
+    of_paper_windows(
+        "equal halves, fraction of teacher rows by L = L*",
+        "the same mean look-ahead, more spread out", 0.4, windows=equal_halves,
+    ),
+    of_paper_windows(
+        "vanilla (Algorithm 1), paper windows, rho 0.4", "half the look-ahead: suits 4 steps", 0.4,
+        velocities=of_algorithm_1,
+    ),
+    of_paper_windows("paper windows, rho 0.2", "overshoots: look-ahead 0.61", 0.2),
+    of_paper_windows("paper windows, rho 0.4 (the paper)", "overshoots: suits 2 steps", 0.4),
+    of_paper_windows("paper windows, rho 0.52", "lam* about 1, worse than matched: uneven", 0.52),
+    of_paper_windows("paper windows, rho 0.8", "undertrained: suits 7 steps", 0.8),
+    of_paper_windows(
+        "authors' windows, rho 0.4", "overshoots: windows up to the full path", 0.4,
+        windows=authors_windows,
+    ),
+    of_paper_windows(
+        "paper windows, rho 0.52, teacher rows pointwise", "look-ahead shorter by about 1/n", 0.52,
+        windows=pointwise,
+    ),
+    of_matched_windows("**as shipped**, shift 3", "lam* about 1", 3.0),
+    of_matched_windows(
+        "teacher covers one grid step, shift 3", "worse than at shift 1", 3.0, **ONE_GRID_STEP
+    ),
+    of_matched_windows(
+        "direct regression, 4 teacher calls, shift 3", "worse: two midpoint steps are too long",
+        3.0, loss=partial(direct, 4),
+    ),
+    of_matched_windows(
+        "direct regression, 8 teacher calls, shift 3", "as good, for more calls", 3.0,
+        loss=partial(direct, 8),
+    ),
+    shift_range(2, 4, "the same: L\\* is that of shift 3"),
+    shift_range(2.5, 4.5, "matched to 3.5, so nearly as good"),
+    of_paper_windows(
+        "equal halves, fraction of teacher rows by L = L*, shift 3", "worse than at shift 1", 0.4,
+        3.0, windows=equal_halves,
+    ),
+    of_paper_windows("paper windows, rho 0.52, shift 3", "far worse than matched", 0.52, 3.0),
+    of_paper_windows(
+        "the same, plain mean", "biased where the two steps differ most", 0.52, 3.0,
+        windows=plain_mean,
+    ),
+    of_matched_windows("oracle, shift 3", "the best a 3-step student can be", 3.0, loss=oracle),
 )  # fmt: skip
 
-
-def target_of(variant, config, windows, x_0, noise, teacher, fast, slow):
-    """sc.shortcut_target, written out so that its parts can be replaced."""
-    k, x_t = windows.teacher_rows, sc.interpolate(x_0, noise, windows.t)
-    if variant.second == "fast":
-        slow = fast
-    first = partial(sc._split, k, teacher, fast if config.dual else slow)
-    second = slow if config.dual else partial(sc._split, k, teacher, slow)
-    t, t_mid, t_end = (time[:, None] for time in windows[:3])
-    with torch.no_grad():
-        v_1 = first(x_t, windows.t)
-        x_mid = x_t - (t - t_mid) * v_1
-        if variant.renoised:
-            x_mid = sc.interpolate(x_0, noise, windows.t_mid)
-        v_2 = second(x_mid, windows.t_mid)
-        weight = 0.5 if variant.plain_mean else (t - t_mid) / (t - t_end)
-        target = weight * v_1 + (1 - weight) * v_2
-        if variant.pointwise:
-            target[:k] = v_1[:k]
-    return x_t, target
+# ------------------------------------------------------------------------------------- measurements
 
 
-def oracle_of(variant, x_0, noise, teacher, generator):
-    """Times and states where a 3-step sampler stops; the teacher's mean velocity from there on."""
-    times = sc.time_grid(3, variant.shift)
-    stop = torch.randint(0, 3, (len(x_0),), generator=generator)
-    t, t_next = times[stop], times[stop + 1]
-    x = x_t = sc.interpolate(x_0, noise, t)
-    for i in range(16):
-        x = x - (t - t_next)[:, None] / 16 * teacher(x, t + (t_next - t) * i / 16)
-    return t, x_t, (x_t - x) / (t - t_next)[:, None]
-
-
-def train(variant, teacher, data, iterations, seed, batch=512):
-    shift_range = (variant.shift, variant.shift)
-    config = sc.ShortcutConfig(**{"shift_range": shift_range, **variant.settings})
+def train(variant: Variant, teacher: nn.Module, data, iterations: int, seed: int) -> nn.Module:
+    """The student after training, as `toy_2d.distil` does it."""
+    config = variant.config
     generator = torch.Generator().manual_seed(seed + 1)
     student = copy.deepcopy(teacher).requires_grad_(True)
-    fast, slow = (copy.deepcopy(teacher) for _ in range(2))
-    weights, *averages = (list(net.parameters()) for net in (student, fast, slow))
-    kept = [[w.to(variant.ema_dtype) for w in average] for average in averages]
-    optimizer, schedule = toy_2d.adam(weights, 2e-3, iterations, warmup=1)  # as toy_2d.py
-    for i in range(1, iterations + 1):
-        x_0, noise = data(batch, generator), torch.randn(batch, 2, generator=generator)
-        windows = variant.draw(config, batch, generator=generator)
-        t = windows.t
-        if variant.oracle:
-            t, x_t, target = oracle_of(variant, x_0, noise, teacher, generator)
-        else:
-            x_t, target = target_of(variant, config, windows, x_0, noise, teacher, fast, slow)
-        loss = (student(x_t, t) - target).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        most = i / (i + 4) if variant.warm else 1.0
-        for average, own, decay in zip(averages, kept, (config.fast_decay, config.slow_decay)):
-            with torch.no_grad():
-                for w, a, weight in zip(average, own, weights):
-                    w.copy_(a.lerp_(weight.to(a.dtype), 1 - min(decay, most)))
+    nets = Networks(student, teacher, toy_2d.frozen(teacher), toy_2d.frozen(teacher))
+    emas = [(nets.slow, config.slow_decay)]
+    if isinstance(config, sc.ShortcutConfig):
+        emas.append((nets.fast, config.fast_decay))
+
+    def loss() -> Tensor:
+        x_0, noise = toy_2d.draw_pairs(data, common.BATCH, generator)
+        return variant.loss(variant, nets, x_0, noise, generator)
+
+    for iteration in toy_2d.minimize(loss, student, "student", 2e-3, iterations, warmup=1):
+        for ema, decay in emas:
+            decay = sc.warm_up(decay, iteration) if variant.ema_warmup else decay
+            sc.update_ema(ema.parameters(), student.parameters(), decay)
+            for weight in ema.parameters():
+                weight.copy_(weight.to(variant.ema_dtype))
     return student.requires_grad_(False)
 
 
-def measure(flow: str, seed: int, length: float = 1.0) -> dict:
-    torch.set_num_threads(1)
-    on, its = bench.Bench(flow, seed), lambda count: max(2, round(count * length))
-    base = toy_2d.train_teacher(on.data, its(bench.TEACHER), seed)
-    out = {"flow": flow, "seed": seed, "variants": {}}
-    for variant in VARIANTS:
-        net = train(variant, base, on.data, its(bench.STUDENT), seed)
-        grid = sc.time_grid(3, variant.shift)
-        out["variants"][variant.name] = {
-            "error": on.error(net, 3, variant.shift),
-            "calibrated": on.calibrated(base, net, 3, variant.shift)["error"],
-            "2 steps": on.calibrated(base, net, 2, variant.shift)["error"],
-            "lam": sc.optimal_scale(net, base, on.validation, grid).item(),
-        }
-    return out
+def measure(variant: str, flow: str, seed: int, length: float) -> dict:
+    changed = next(some for some in VARIANTS if some.name == variant)
+    on = common.FlowMeasure(flow, seed, length)
+    teacher = common.train_teacher(flow, seed, length)
+    iterations = common.shortened(ITERATIONS, length)
+    student = train(changed, teacher, on.data, iterations, seed)
+    shift = changed.shift
+    return {
+        "error": on.error(student, STEPS, shift),
+        "calibrated": on.calibrated(teacher, student, STEPS, shift)["error"],
+        "2 steps": on.calibrated(teacher, student, 2, shift)["error"],
+        "lam": sc.optimal_scale(student, on.teacher_path(teacher, STEPS, shift)).item(),
+    }
 
 
-def markdown(runs: list[dict]) -> str:
-    flows = list(dict.fromkeys(run["flow"] for run in runs))
-    named = {"error": "scale 1", "calibrated": "calibrated", "2 steps": "2 steps, calibrated"}
-    columns = [f"{flow}: {what}" for flow in flows for what in (*named.values(), "lam*")]
-    lines = [f"| 3 steps | expected | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
+def tasks(flows, seeds) -> dict[str, list[common.Task]]:
+    some = [
+        common.Task(measure, {"flow": flow, "seed": seed, "variant": variant.name})
+        for seed in seeds
+        for flow in flows
+        for variant in VARIANTS
+    ]
+    return {"variants": some}
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+def tables(rows: list[common.Row]) -> list[str]:
+    by_flow = common.grouped(rows, "flow")
+    names = {"error": "scale 1", "calibrated": "calibrated", "2 steps": "2 steps, calibrated"}
+    head = [f"{STEPS} steps", "expected"]
+    head += [f"{flow}: {name}" for flow in by_flow for name in (*names.values(), "lam*")]
+    lines = []
     for variant in VARIANTS:
-        cells = []
-        for flow in flows:
-            group = [run["variants"][variant.name] for run in runs if run["flow"] == flow]
-            cells += [bench.show([run[key] for run in group]) for key in named]
-            cells.append(f"{bench.interval([run['lam'] for run in group])[0]:.2f}")
-        lines.append(f"| {variant.name} | {variant.expected} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        cells = [variant.name, variant.expected]
+        for some in by_flow.values():
+            of_variant = common.where(some, "variants", variant=variant.name)
+            if of_variant:
+                cells += [common.energy_text(common.column(of_variant, key)) for key in names]
+                cells.append(f"{common.column(of_variant, 'lam').mean():.2f}")
+        if len(cells) == len(head):
+            lines.append(cells)
+    return common.table(head, lines)
 
 
 if __name__ == "__main__":
-    print(markdown(bench.collect(measure, ["moons", "gaussians"])))
+    common.main(__file__, __doc__, tasks, tables, flows=FLOWS)

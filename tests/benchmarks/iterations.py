@@ -1,462 +1,376 @@
 """Network calls until the 3-step error reaches a level: python tests/benchmarks/iterations.py
 
-The paper's recipe (dual, its windows, rho 0.4) against ours (`for_steps(3)`), at scale 1 and at a
-scale found without data, over the course of training: on the 2-D flows (energy distance to fresh
-data, x 1e-4) and on the tiny Flux (RMSE of latents to 32 teacher steps, held-out captions). Calls
-are counted for each sample: 5 times the batch in an iteration, for either recipe (3 for forward and
-backward, 2 for the targets); a scale adds those of its search once. The teacher's training is not
-counted.
+The paper's recipe (dual, its windows, rho 0.4) against ours (matched windows for 3 steps), at scale
+1 and at a scale found without data, over the course of training: on the 2-D flows (energy distance
+to fresh data, x 1e-4) and on the tiny Flux (RMSE of latents to 32 teacher steps, held-out
+captions). Calls are counted for each sample. A row costs 5 in an iteration of the paper's recipe
+and 6 in one of ours: 3 for forward and backward, the others for the target. A scale adds those of
+its search once. The teacher's training is not counted.
 
-Both recipes have the same settings to choose from, SETTINGS; on each line of a table the best one
-counts. `--parts sweep` (seed 100, moons and gaussians) proposed them: averages and rates in a grid
-of 28, warm-up and schedule around GOOD, batches from 32 to 512. Beside them stand the paper's
-recipe with the paper's averages, 0.99 / 0.999 (published; 2 seeds, for it takes the longest) and
-ours as toy_2d.py trains it (shipped). On the tiny Flux: FLUX_SETTINGS.
+Both recipes have the same settings to choose from: EMA and batch, SETTINGS; on each line of a table
+the best one counts ("tuned"). `--parts tune` (seed 100, moons and gaussians) tries three rates with
+each of them. For comparison: "published", the paper's recipe with its own EMA decays, 0.99 / 0.999
+from the start (2 seeds, for it takes the longest), and "shipped", ours as toy_2d.py trains. On the
+tiny Flux: FLUX_SETTINGS.
 """
 
-import toy as bench  # isort: skip; tests/benchmarks/toy.py: it sets threads before torch starts
-
-import argparse
-import json
-import math
-import os
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
-from dataclasses import replace
-from functools import cache, partial
 from itertools import product
 from pathlib import Path
-from unittest.mock import patch
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+import common
+import common_flux
 import numpy as np
-import torch
 
+import flux_distill as fd
 import shortcut as sc
-import toy_2d as toy
+import toy_2d
 
-LENGTH = 4000  # the most iterations of the 2-D flows
-SNAPSHOTS = sorted(round(LENGTH * 2 ** (-k / 3)) for k in range(31))  # 4 to 4,000
-CHECKPOINTS = (12, 25, 50, 75, 100, 150, 200, 300, 400)  # iterations on the tiny Flux,
-LATER = (600, 800, 1000, 1200, 1600, 2000, 2400)  # and with the paper's averages
-CALLS = 5  # of a row in an iteration, for either recipe
-# Calls of 256 rows in toy.calibrate: lam* (16 fine steps and two velocities, three times), the
-# teacher's fine endpoints, 21 scales in 3 steps. On the tiny Flux of 32 rows: the same lam*, 32
-# fine steps, 9 scales: its two searches share one. A best scale at a border costs a few more.
-SEARCH = (3 * 18 + toy.FINE_STEPS + 21 * 3) * 256
-FLUX_SEARCH = (3 * 18 + 32 + 9 * 3) * 32
-RECIPES = {"paper": dict(teacher_ratio=0.4), "ours": bench.matched(3)}
-# Of the fast and the slow average; 0: the student itself.
-DECAYS = ((0.0, 0.5), (0.5, 0.8), (0.8, 0.9), (0.9, 0.95), (0.95, 0.99), (0.98, 0.995),
-          (0.99, 0.999))  # fmt: skip
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-GRID = dict(batch=512, warm_up=0, length=1000, constant=True)
-BATCHES = (32, 64, 128, 256)  # beside 512
-REFERENCE = {"moons": (40, 20), "gaussians": (30, 10)}  # x 1e-4: to tell settings apart
-
-
-def kept(out: Path, name: str, measure) -> dict:
-    """The numbers of one run: read if they are in the folder, else measured and written there."""
-    path = out / f"{name}.json"
-    if not path.exists():
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(measure()))
-        part.replace(path)
-    return json.loads(path.read_text())
-
-
-# ------------------------------------------------------------------------------------ the 2-D flows
-
-
-def adam(setting: dict, weights, lr, iterations: int, warmup):
-    """toy.adam with a setting of rate, warm-up and schedule instead of lr and warmup."""
-    optimizer = torch.optim.Adam(weights, setting["rate"], fused=True)
-    end = (lambda i: 1) if setting["constant"] else (lambda i: 2 - 2 * i / iterations)
-    factor = lambda i: min((i + 1) / max(1, setting["warm_up"]), 1, end(i))  # noqa: E731
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def curve(world: bench.Bench, base, recipe: str, setting: dict, length: float) -> dict:
-    """3-step errors of the snapshots of one training, at scale 1 and at the calibrated scale."""
-    last = round(setting["length"] * length)
-    snapshots = [i for i in SNAPSHOTS if i < last] + [last]
-    fast, slow = setting["decays"]
-    settings = RECIPES[recipe] | dict(fast_decay=fast, slow_decay=slow)
-    how = {"ema_warmup": setting.get("growing", False), "batch": setting["batch"]}
-    with patch.object(toy, "adam", partial(adam, setting)):
-        nets = world.train(base, last, snapshots=snapshots, how=how, **settings)
-    scaled = [world.calibrated(base, nets[i], 3) for i in snapshots]
-    return {
-        "batch": setting["batch"],
-        "iterations": snapshots,
-        "scale 1": [world.error(nets[i], 3) for i in snapshots],
-        "scaled": [s["error"] for s in scaled],
-        "scales": [s["scale"] for s in scaled],
-    }
-
-
-def label(setting: dict) -> str:
-    fast, slow = setting["decays"]
-    schedule = "constant" if setting["constant"] else "decayed"
-    fast = "growing up to " * setting.get("growing", False) + str(fast)
-    return (f"{fast}/{slow}, batch {setting['batch']}, rate {setting['rate']:g}, warm-up"
-            f" {setting['warm_up']}, {setting['length']} iterations, {schedule}")  # fmt: skip
-
-
-def grid() -> list[dict]:
-    return [GRID | dict(decays=d, rate=r) for d, r in product(DECAYS, RATES)]
-
-
-def around(setting: dict) -> list[dict]:
-    """Other warm-ups of a setting, and decays to zero over runs of several lengths."""
-    warm = [setting | dict(warm_up=w) for w in (0, 25, 100, 400)]
-    return warm + [setting | dict(length=n) for n in (125, 250, 500, 2000)]
-
-
-def batches() -> list[dict]:
-    """Other batches, at three rates, with quick averages, with those of GOOD and with growing."""
-    averages = (QUICK["decays"], False), (GOOD["decays"], False), (SHIPPED["decays"], True)
-    tries = product(averages, BATCHES, RATES[1:])
-    return [GRID | dict(decays=d, growing=g, batch=b, rate=r) for (d, g), b, r in tries]
-
-
-def cost(run: dict, column: str, level: float, search: float = SEARCH) -> float:
-    """Calls until the level is reached, by interpolation of the logarithms; inf: never."""
-    i, error = np.array(run["iterations"]), np.maximum(run[column], 1e-6)
-    hit = np.flatnonzero(error <= level)
-    if not len(hit):
-        return float("inf")
-    k = hit[0]
-    at = i[k]
-    if k and error[k] < level:
-        part = np.log(error[k - 1] / level) / np.log(error[k - 1] / error[k])
-        at = i[k - 1] * (i[k] / i[k - 1]) ** part
-    return CALLS * run["batch"] * at + (search if column == "scaled" else 0)
-
-
-def sweep(out: Path, flow: str, recipe: str, length: float) -> list[tuple[dict, dict]]:
-    """(setting, curve) of the grid, around GOOD, then of other batches."""
-    torch.set_num_threads(1)
-    world = bench.Bench(flow, 100)
-    base = cache(lambda: toy.train_teacher(world.data, max(2, round(2000 * length)), 100))
-
-    def run(setting):
-        name = f"sweep {flow} {recipe} {label(setting)}".replace(" ", "-").replace("/", "-")
-        return kept(out, name, lambda: curve(world, base(), recipe, setting, length))
-
-    return [(setting, run(setting)) for setting in (*grid(), *around(GOOD), *batches())]
-
-
-def headline(out: Path, flow: str, seed: int, length: float, count: int | None = None) -> dict:
-    """Curves of both recipes at their settings, and the teacher's errors, for a flow and seed."""
-    torch.set_num_threads(1)
-    world = bench.Bench(flow, seed)
-    base = cache(lambda: toy.train_teacher(world.data, max(2, round(2000 * length)), seed))
-    runs = {column: [] for column in (*RECIPES, *FIXED)}
-    todo = [(r, r, setting) for r in RECIPES for setting in SETTINGS[:count]]
-    todo += [(c, r, setting) for c, (r, *more) in FIXED.items() for setting in more[:count]]
-    for column, recipe, setting in todo:
-        if column == "published" and seed >= PUBLISHED_SEEDS:
-            continue
-        name = f"flow {flow} {seed} {recipe} {label(setting)}".replace(" ", "-").replace("/", "-")
-        measure = lambda r=recipe, s=setting: curve(world, base(), r, s, length)  # noqa: E731
-        runs[column].append(kept(out, name, measure))
-    teacher = lambda: {n: world.error(base(), n) for n in (3, 8, 12, 16, 24, 32)}  # noqa: E731
-    return runs | {"teacher": kept(out, f"teacher-{flow}-{seed}", teacher)}
-
-
-QUICK = dict(GRID, decays=(0.0, 0.5), rate=2e-3)
-GOOD = dict(GRID, decays=(0.8, 0.9), rate=2e-3, constant=False)
-SHIPPED = dict(GOOD, decays=(0.99, 0.999), growing=True)
-LONG = dict(length=2000, constant=False)
-SETTINGS = [
-    QUICK,
-    GOOD,
-    QUICK | dict(batch=256),
-    QUICK | LONG | dict(batch=128),
-    QUICK | LONG | dict(batch=32, rate=4e-3),
-    GOOD | LONG | dict(batch=128),
-    GOOD | LONG | dict(batch=32, rate=1e-3),
-    GOOD | LONG | dict(batch=64),
-    SHIPPED | LONG | dict(batch=64),
-    SHIPPED | LONG | dict(batch=128, rate=4e-3),
-]
-# The paper's averages, with two batches, at their best within these iterations; toy_2d.py's.
-PUBLISHED = dict(GRID, decays=(0.99, 0.999), rate=1e-3, length=2520)
-FIXED = {
-    "published": ("paper", PUBLISHED, PUBLISHED | dict(batch=64)),
-    "shipped": ("ours", SHIPPED),
+SNAPSHOTS = sorted(round(4000 * 2 ** (-k / 3)) for k in range(31))  # 4 to 4,000
+RECIPES = ("paper", "ours")
+# Decays of the fast and the slow EMA (0: the student itself), and are they warmed up?
+EMAS = {
+    "0 / 0.5": (0.0, 0.5, False),
+    "0.8 / 0.9": (0.8, 0.9, False),
+    "0.99 / 0.999, warmed up": (0.99, 0.999, True),
+    "0.99 / 0.999": (0.99, 0.999, False),
 }
+TO_CHOOSE_FROM = ("0 / 0.5", "0.8 / 0.9", "0.99 / 0.999, warmed up")
+ITERATIONS = {512: 1000, 64: 2000}  # by batch
+RATES = (1e-3, 2e-3, 4e-3)
+SETTINGS = [dict(ema=e, batch=b, rate=2e-3) for e, b in product(TO_CHOOSE_FROM, ITERATIONS)]
+SHIPPED = dict(ema="0.99 / 0.999, warmed up", batch=512, rate=2e-3)
+PUBLISHED = [dict(ema="0.99 / 0.999", batch=b, rate=1e-3, iterations=2520) for b in (512, 64)]
 PUBLISHED_SEEDS = 2
+TEACHER_STEPS = (3, 8, 12, 16, 24, 32)
+REFERENCE = {"moons": (40, 20), "gaussians": (30, 10)}  # x 1e-4: levels to tell settings apart
+# Calls of 256 rows in toy_2d.calibrate: the teacher's path and lam* (16 fine steps and two
+# velocities, three times), the teacher's fine endpoints, 21 scales in 3 steps.
+SEARCH = (3 * 18 + toy_2d.FINE_STEPS + 21 * 3) * 256
+
+# ------------------------------------------------------------------------------------- measurements
 
 
-# -------------------------------------------------------------------------------------- tiny Flux
+def config_of(recipe: str, ema: str) -> tuple[sc.ShortcutConfig | sc.MatchedConfig, bool]:
+    """Config of a recipe, and whether its EMAs are warmed up."""
+    fast, slow, ema_warmup = EMAS[ema]
+    if recipe == "paper":
+        return common.paper(0.4, fast_decay=fast, slow_decay=slow), ema_warmup
+    return common.matched(3, slow_decay=slow), ema_warmup
 
 
-FLUX_SETTINGS = {
-    "growing averages, as shipped, batch 64": dict(batch=64, ends=(200, 400)),
-    "growing averages, batch 32": dict(batch=32, ends=(200, 400)),
-    "growing averages, batch 16": dict(batch=16, ends=(200, 400)),
-    "growing averages, batch 8": dict(batch=8, ends=(200, 400)),
-    "averages 0.8/0.9, batch 64": dict(batch=64, decays=(0.8, 0.9), ends=(100, 200)),
-    "averages 0.875/0.975, batch 64": dict(batch=64, decays=(0.875, 0.975), ends=(200, 400)),
-    "averages 0.8/0.9, batch 32": dict(batch=32, decays=(0.8, 0.9), ends=(100, 200)),
-    "averages 0.875/0.975, batch 32": dict(batch=32, decays=(0.875, 0.975), ends=(200, 400)),
-}  # ends of the paper's recipe, when it is past its best, and of ours
-FLUX_PUBLISHED = dict(batch=8, decays=(0.99, 0.999), ends=(LATER[-1], 0))
-
-
-class Enough(Exception):
-    """The last checkpoint that counts is reached."""
-
-
-def flux_run(out: Path, recipe: str, seed: int, length: float, setting: dict) -> dict:
-    """3-step RMSE on held-out captions at the checkpoints of one distillation."""
-    decays = setting.get("decays", ("growing",))
-    name = "-".join(map(str, ["flux", recipe, seed, setting["batch"], *decays]))
-    return kept(out, name, lambda: distil(recipe, seed, length, **setting))
-
-
-def distil(recipe: str, seed: int, length: float, batch: int, ends, decays=None) -> dict:
-    import flux as demo  # tests/benchmarks/flux.py
-
-    fd = demo.fd
-    torch.set_num_threads(1)
-    points = [i for i in CHECKPOINTS + LATER if i <= ends[recipe == "ours"]]
-    points = sorted({max(1, round(i * length)) for i in points})
-    last = points[-1]
-    with tempfile.TemporaryDirectory() as folder:
-        more = ["--batch", batch, "--iterations", last, "--validate-every", last,
-                "--checkpoint-every", last, "--limit", 0 if length >= 1 else 20]  # fmt: skip
-        more += ["--paper"] * (recipe == "paper")
-        args = demo.demonstration(Path(folder), seed, *more, steps=(3,))
-        if decays:
-            args.config = replace(args.config, fast_decay=decays[0], slow_decay=decays[1])
-        weights_at, update_ema = {}, sc.update_ema
-
-        def watch(ema, weights, decay, iteration):
-            update_ema(ema, weights, decay, math.inf if decays else iteration)
-            if iteration in points:
-                weights_at[iteration] = weights[0].clone()
-            if iteration == last:
-                raise Enough
-
-        with patch.object(fd.sc, "update_ema", watch), suppress(Enough):
-            fd.distil(args)
-        args.batch = 64  # samples at a time
-        return {"batch": batch} | evaluate(fd, args, weights_at)
-
-
-@torch.no_grad()
-def evaluate(fd, args, weights_at: dict[int, torch.Tensor]) -> dict:
-    adapter = fd.Adapter(args)
-    pipe, validation = fd.load(args, "image"), fd.Validation(args, adapter)
-    cond, noise = fd.held_out(args, args.comparison, "compare")
-
-    def end(weights, steps, scale=1.0):
-        adapter.use(weights, scale)
-        return fd.sample(args, pipe, cond, noise, steps)
-
-    fine = end(None, fd.FINE)
-    scales = {i: validation.search(weights, 3)[1] for i, weights in weights_at.items()}
+def measure_curve(recipe: str, setting: dict, flow: str, seed: int, length: float) -> dict:
+    """3-step errors of the snapshots of one training, at scale 1 and at the calibrated scale."""
+    on = common.FlowMeasure(flow, seed, length)
+    teacher = common.train_teacher(flow, seed, length)
+    config, ema_warmup = config_of(recipe, setting["ema"])
+    batch, rate = setting["batch"], setting["rate"]
+    last = common.shortened(setting.get("iterations", ITERATIONS[batch]), length)
+    snapshots = [i for i in SNAPSHOTS if i < last] + [last]
+    how = dict(batch=batch, rate=rate, ema_warmup=ema_warmup)
+    students = toy_2d.distil(teacher, on.data, config, last, seed, snapshots, **how)
+    calibrated = [on.calibrated(teacher, students[i], 3) for i in snapshots]
+    calls_of_row = common.network_calls(config)
     return {
-        "iterations": list(weights_at),
-        "scale 1": [fd.rms(end(w, 3) - fine) for w in weights_at.values()],
-        "scaled": [fd.rms(end(w, 3, scales[i]) - fine) for i, w in weights_at.items()],
-        "scales": list(scales.values()),
-        "teacher": {n: fd.rms(end(None, n) - fine) for n in (3, 4, 6, 8, 9, 12, 16)},
+        "batch": batch,
+        "iterations": snapshots,
+        "calls": [calls_of_row * batch * i for i in snapshots],
+        "scale 1": [on.error(students[i], 3) for i in snapshots],
+        "scaled": [found["error"] for found in calibrated],
     }
 
 
-# ------------------------------------------------------------------------------------- the tables
+def measure_teacher(flow: str, seed: int, length: float) -> dict:
+    on = common.FlowMeasure(flow, seed, length)
+    teacher = common.train_teacher(flow, seed, length)
+    return {n: on.error(teacher, n) for n in TEACHER_STEPS}
 
 
-def cell(values) -> str:
-    """Thousand calls over the seeds that reached the level (geometric mean), and how many did."""
-    values = np.array(values)
-    reached = values[np.isfinite(values)]
-    if not len(reached):
-        return "never"
-    some = "" if len(reached) == len(values) else f" ({len(reached)} of {len(values)})"
-    return f"{np.exp(np.log(reached).mean()) / 1000:,.1f}{some}"
+def tasks(flows, seeds) -> dict[str, list[common.Task]]:
+    curves = []
+    for seed, flow in product(seeds, flows):
+        one = {"flow": flow, "seed": seed}
+        tuned = product(RECIPES, SETTINGS)
+        curves += [one | {"recipe": recipe, "setting": setting} for recipe, setting in tuned]
+        if seed < PUBLISHED_SEEDS:
+            curves += [one | {"recipe": "paper", "setting": setting} for setting in PUBLISHED]
+    teachers = [{"flow": flow, "seed": seed} for seed, flow in product(seeds, flows)]
+    tuning = [
+        {"flow": flow, "seed": 100, "recipe": recipe, "setting": setting | {"rate": rate}}
+        for flow, recipe, setting, rate in product(REFERENCE, RECIPES, SETTINGS, RATES)
+    ]
+    on_flux = []
+    for seed in seeds[:3]:
+        tuned = product(RECIPES, FLUX_SETTINGS)
+        on_flux += [{"seed": seed, "recipe": r, "setting": setting} for r, setting in tuned]
+        published = {"seed": seed, "recipe": "paper"}
+        on_flux += [published | {"setting": setting} for setting in FLUX_PUBLISHED]
+    return {
+        "flux": [common.Task(measure_flux, settings) for settings in on_flux],
+        "flows": [common.Task(measure_curve, settings) for settings in curves],
+        "teachers": [common.Task(measure_teacher, settings) for settings in teachers],
+        "tune": [common.Task(measure_curve, settings) for settings in tuning],
+    }
 
 
-def compared(paper, ours) -> str:
-    """Ratio of calls over the seeds in which both reach the level."""
-    both = [(a, b) for a, b in zip(paper, ours) if np.isfinite(a) and np.isfinite(b)]
-    if len(both) < len(paper):
-        return f"both in {len(both)} of {len(paper)}" if both else ""
-    return bench.ratio(*zip(*both)) if len(both) > 1 else f"{both[0][0] / both[0][1]:.2f}"
+# ---------------------------------------------------------------------------------- calls to levels
 
 
-def level_rows(runs: list[dict], levels: dict[str, list[float]], show, search: float):
-    """A line a level: its value, calls of each recipe at either scale, the paper's over ours.
+def calls_to(curve: dict, scale: str, level: float, search: float) -> float:
+    """Calls until the level is reached, by interpolation of the logarithms; inf: never."""
+    errors = np.maximum(curve[scale], 1e-6)
+    reached = np.flatnonzero(errors <= level)
+    if len(reached) == 0:
+        return float("inf")
+    k = reached[0]
+    calls = curve["calls"][k]
+    if k > 0 and errors[k] < level:
+        part = np.log(errors[k - 1] / level) / np.log(errors[k - 1] / errors[k])
+        before = curve["calls"][k - 1]
+        calls = before * (calls / before) ** part
+    return calls + (search if scale == "scaled" else 0)
 
-    A run has a list of curves for each recipe: on each line that setting counts which reaches the
-    level with more seeds, then in fewer calls; its batch stands beside the calls.
+
+Column = list[list[dict]]  # the curves that a recipe has to choose from: [setting][seed]
+
+
+def soonest(column: Column, scale: str, levels: list[float], search: float) -> tuple[list, int]:
+    """Calls by seed, and which setting needs them.
+
+    It is that which reaches the level with most seeds, then in the fewest calls.
     """
-    recipes = [r for r in (*FIXED, *RECIPES) if r in runs[0]]
-    columns = list(product(recipes, ("scale 1", "scaled")))
-    names = [*(f"{r}, {c}" for r, c in columns), "paper / ours, scale 1", "both scaled"]
-    names += ["published / ours, scale 1"] * ("published" in recipes)
-    yield "| level of the 3-step error | value | " + " | ".join(names) + " |"
-    yield "|---" * (len(names) + 2) + "|"
-    for name, values in levels.items():
-        calls, cells = {}, [name, show(values)]
-        for recipe, column in columns:
-            some = [(run[recipe], x) for run, x in zip(runs, values) if run[recipe]]
-            tries = [
-                ([cost(curves[k], column, x, search) for curves, x in some], some[0][0][k]["batch"])
-                for k in range(len(some[0][0]))
-            ]
-            row, batch = min(tries, key=lambda t: (np.isinf(t[0]).sum(), np.mean(t[0])))
-            calls[recipe, column] = row
-            cells.append(cell(row) + f", batch {batch}" * bool(np.isfinite(row).any()))
-        pairs = [("paper", "scale 1"), ("paper", "scaled"), ("published", "scale 1")]
-        cells += [compared(calls[r, c], calls["ours", c]) for r, c in pairs if r in recipes]
-        yield "| " + " | ".join(cells) + " |"
+    tried = []
+    for k, curves in enumerate(column):
+        calls = [calls_to(curve, scale, level, search) for curve, level in zip(curves, levels)]
+        tried.append((np.isinf(calls).sum(), np.mean(calls), calls, k))
+    _, _, calls, k = min(tried, key=lambda one: one[:2])
+    return calls, k
 
 
-def least(runs: list[dict], recipe: str, column: str) -> list[float]:
-    """Least error over training, of the setting in which its mean over the seeds is least."""
-    runs = [run for run in runs if run[recipe]]
-    tries = [[min(run[recipe][k][column]) for run in runs] for k in range(len(runs[0][recipe]))]
-    return min(tries, key=np.mean)
+def least_errors(column: Column, scale: str) -> list[float]:
+    """The least error over training by seed, of the setting with the least mean of it."""
+    return min(([min(curve[scale]) for curve in curves] for curves in column), key=np.mean)
 
 
-def setting_rows(groups: dict[str, list[dict]]):
-    """A line a setting: for each flow ours at its end, its least error and the paper's, scale 1."""
-    names = [
-        f"{flow}: {c}" for flow in groups for c in ("ours, last", "ours, least", "paper, least")
-    ]
-    yield "| fast/slow average, ... | " + " | ".join(names) + " |"
-    yield "|---" * (len(names) + 1) + "|"
-    for k, setting in enumerate(SETTINGS[: len(next(iter(groups.values()))[0]["ours"])]):
-        cells = [label(setting)]
-        for runs in groups.values():
-            ours, paper = ([run[r][k]["scale 1"] for run in runs] for r in ("ours", "paper"))
-            errors = [x[-1] for x in ours], [min(x) for x in ours], [min(x) for x in paper]
-            cells += [f"{1e4 * np.mean(x):.1f}" for x in errors]
-        yield "| " + " | ".join(cells) + " |"
+# ------------------------------------------------------------------------------------------- tables
 
 
-def flow_tables(
-    out: Path, flows: list[str], seeds: int, length: float, count: int | None
-) -> list[str]:
-    lines, groups = [], {}
-    for flow in flows:
-        runs = [headline(out, flow, seed, length, count) for seed in range(seeds)]
-        groups[flow] = runs
-        best = {(r, c): least(runs, r, c) for r in RECIPES for c in ("scale 1", "scaled")}
+def tables(rows: list[common.Row]) -> list[str]:
+    lines = []
+    curves = common.where(rows, "flows")
+    for flow, some in common.grouped(curves, "flow").items():
+        columns = columns_of(some, SETTINGS, PUBLISHED, SHIPPED)
+        if not {"paper", "ours"} <= columns.keys():
+            continue  # not measured yet
+        teacher = [row.found for row in common.where(rows, "teachers", flow=flow)]
+        best = least_errors(columns["paper"], "scale 1")
         levels = {
-            "twice the paper's least": [2 * x for x in best["paper", "scale 1"]],
-            "the paper's least": best["paper", "scale 1"],
-            "the paper's least, scaled": best["paper", "scaled"],
+            "twice the paper's least error": [2 * error for error in best],
+            "the paper's least error": best,
+            "the paper's least error, scaled": least_errors(columns["paper"], "scaled"),
         }
-        levels |= {
-            f"teacher, {n} steps": [run["teacher"][str(n)] for run in runs] for n in (16, 24, 32)
-        }
-        told = product((*RECIPES, *FIXED), ("scale 1", "scaled"))
-        told = ", ".join(f"{r} {c} {bench.show(least(runs, r, c))}" for r, c in told)
-        lines += ["", f"**{flow}**, {seeds} seeds; least error of a run: {told}", ""]
-        lines += level_rows(runs, levels, bench.show, SEARCH)
-    return [*lines, "", *setting_rows(groups)]
-
-
-def sweep_table(out: Path, length: float) -> list[str]:
-    """Least errors, at scale 1 and scaled, and calls to the levels of REFERENCE, seed 100."""
-    names = [
-        f"{flow}: {what}"
-        for flow, (a, b) in REFERENCE.items()
-        for what in ("least", "least, scaled", f"calls to {a}", f"to {b}", f"to {b}, scaled")
-    ]
-    usual = ", warm-up 0, 1000 iterations, constant"  # GRID; not said again on each line
-    lines = ["", "| recipe | fast/slow average, ... | " + " | ".join(names) + " |"]
-    lines += ["|---" * (len(names) + 2) + "|"]
-    for recipe in RECIPES:
-        found = [sweep(out, flow, recipe, length) for flow in REFERENCE]
-        for runs in zip(*found):
-            cells = [recipe, label(runs[0][0]).replace(usual, "")]
-            for (_, run), levels in zip(runs, REFERENCE.values()):
-                a, b = (1e-4 * level for level in levels)
-                cells += [f"{1e4 * min(run[c]):.1f}" for c in ("scale 1", "scaled")]
-                tries = (("scale 1", a), ("scale 1", b), ("scaled", b))
-                cells += [cell([cost(run, *some)]) for some in tries]
-            lines.append("| " + " | ".join(cells) + " |")
+        if teacher:
+            levels |= {f"teacher, {n} steps": [e[n] for e in teacher] for n in (16, 24, 32)}
+        seeds = len(common.grouped(some, "seed"))
+        lines += [f"**{flow}**, {seeds} seeds; thousand network calls until a level is reached"]
+        lines += table_of_levels(columns, levels, SEARCH, common.energy_text)
+        lines += ["Least error of a training", *table_of_least(columns, common.energy_text)]
+    if curves:
+        lines += ["Error by setting: at the end, and the least", *table_of_settings(curves)]
+    on_flux = common.where(rows, "flux")
+    if on_flux:
+        lines += tables_of_flux(on_flux)
+    tuned = common.where(rows, "tune")
+    if tuned:
+        lines += ["Settings on seed 100: least errors, thousand calls to levels"]
+        lines += table_of_tuning(tuned)
     return lines
 
 
-def flux_tables(out: Path, seeds: int, length: float, count: int | None) -> list[str]:
-    digits = lambda values: "{:.3f} ± {:.3f}".format(*bench.interval(values))  # noqa: E731
-    run = lambda recipe, seed, setting: flux_run(out, recipe, seed, length, setting)  # noqa: E731
-    settings = dict([*FLUX_SETTINGS.items()][:count])
-    runs = [
-        {r: [run(r, seed, some) for some in settings.values()] for r in RECIPES}
-        | {"published": [run("paper", seed, FLUX_PUBLISHED)]}
-        for seed in range(seeds)
-    ]
-    best = {(r, c): least(runs, r, c) for r in RECIPES for c in ("scale 1", "scaled")}
-    levels = {
-        "1.1 x the paper's least": [1.1 * x for x in best["paper", "scale 1"]],
-        "the paper's least": best["paper", "scale 1"],
-        "the paper's least, scaled": best["paper", "scaled"],
+def columns_of(
+    rows: list[common.Row], shared: list[dict], published: list[dict], shipped: dict
+) -> dict[str, Column]:
+    """Curves by recipe: with the settings that both share, and with those of their own."""
+    named = {
+        "published": ("paper", published),
+        "paper": ("paper", shared),
+        "shipped": ("ours", [shipped]),
+        "ours": ("ours", shared),
     }
-    for n in (4, 6, 8, 9):
-        levels[f"teacher, {n} steps"] = [run["ours"][0]["teacher"][str(n)] for run in runs]
-    told = product((*RECIPES, "published"), ("scale 1", "scaled"))
-    told = ", ".join(f"{r} {c} {digits(least(runs, r, c))}" for r, c in told)
-    lines = ["", f"**tiny Flux**, {seeds} seeds; least error of a run: {told}", ""]
-    lines += level_rows(runs, levels, digits, FLUX_SEARCH)
-    for k, title in enumerate([*settings, "published"]):
-        names, row = (RECIPES, k) if title in settings else (("published",), 0)
-        points = max((run[r][row]["iterations"] for run in runs for r in names), key=len)
-        lines += ["", f"| {title}; iterations | " + " | ".join(map(str, points)) + " |"]
-        lines += ["|---" * (len(points) + 1) + "|"]
-        for r, c in product(names, ("scale 1", "scaled")):
-            at = [dict(zip(run[r][row]["iterations"], run[r][row][c])) for run in runs]
-            cells = [digits([x[i] for x in at]) if i in at[0] else "" for i in points]
-            lines.append(f"| {r}, {c} | " + " | ".join(cells) + " |")
+    part = rows[0].part
+    columns = {}
+    for name, (recipe, settings) in named.items():
+        found = [common.where(rows, part, recipe=recipe, setting=some) for some in settings]
+        columns[name] = [[row.found for row in some] for some in found if some]
+    return {name: column for name, column in columns.items() if column}
+
+
+def calls_text(calls: list[float]) -> str:
+    """Thousand calls, geometric mean over the seeds that reach the level, and how many do."""
+    reached = [c for c in calls if np.isfinite(c)]
+    if not reached:
+        return "never"
+    text = f"{np.exp(np.mean(np.log(reached))) / 1000:,.1f}"
+    return text if len(reached) == len(calls) else f"{text} ({len(reached)} of {len(calls)})"
+
+
+def ratio_of_calls(some: list[float], ours: list[float]) -> str:
+    """Over the seeds that both have, if both reach the level in all of them."""
+    pairs = [*zip(some, ours)]
+    both = [pair for pair in pairs if np.isfinite(pair).all()]
+    if len(both) < len(pairs):
+        return f"both in {len(both)} of {len(pairs)}" if both else ""
+    return common.ratio_text(*zip(*both))
+
+
+def table_of_levels(columns: dict[str, Column], levels: dict, search: float, text) -> list[str]:
+    """Calls of each recipe, with the batch of the setting that counts."""
+    shown = [(name, "scale 1") for name in columns] + [("paper", "scaled"), ("ours", "scaled")]
+    lines = []
+    for level, values in levels.items():
+        cells, calls = [level, text(values)], {}
+        for name, scale in shown:
+            calls[name, scale], k = soonest(columns[name], scale, values, search)
+            cells.append(calls_text(calls[name, scale]))
+            if np.isfinite(calls[name, scale]).any():
+                cells[-1] += f", batch {columns[name][k][0]['batch']}"
+        for name in ("published", "paper"):
+            if name in columns:
+                cells.append(ratio_of_calls(calls[name, "scale 1"], calls["ours", "scale 1"]))
+        lines.append(cells)
+    head = ["level of the 3-step error", "value", *(f"{name}, {scale}" for name, scale in shown)]
+    head += [f"{name} / ours, scale 1" for name in ("published", "paper") if name in columns]
+    return common.table(head, lines)
+
+
+def table_of_least(columns: dict[str, Column], text) -> list[str]:
+    lines = []
+    for name, column in columns.items():
+        lines.append([name, *(text(least_errors(column, s)) for s in ("scale 1", "scaled"))])
+    return common.table(["recipe", "scale 1", "scaled"], lines)
+
+
+def setting_text(setting: dict) -> str:
+    rate = f", rate {setting['rate']:g}" if "rate" in setting else ""
+    return f"EMA {setting['ema']}, batch {setting['batch']}{rate}"
+
+
+def table_of_settings(rows: list[common.Row]) -> list[str]:
+    by_flow = common.grouped(rows, "flow")
+    head = ["setting"]
+    for flow in by_flow:
+        head += [f"{flow}: {name}" for name in ("ours, last", "ours, least", "paper, least")]
+    lines = []
+    for setting in SETTINGS:
+        cells = [setting_text(setting)]
+        for some in by_flow.values():
+            ours = common.where(some, "flows", recipe="ours", setting=setting)
+            paper = common.where(some, "flows", recipe="paper", setting=setting)
+            errors = [row.found["scale 1"][-1] for row in ours]
+            errors = [errors, *([min(r.found["scale 1"]) for r in s] for s in (ours, paper))]
+            cells += [f"{1e4 * np.mean(some):.1f}" if some else "" for some in errors]
+        lines.append(cells)
+    return common.table(head, lines)
+
+
+def table_of_tuning(rows: list[common.Row]) -> list[str]:
+    head = ["recipe", "setting"]
+    for flow, (high, low) in REFERENCE.items():
+        head += [f"{flow}: least", f"{flow}: to {high}", f"{flow}: to {low}"]
+    lines = {}
+    for row in rows:
+        key = row.settings["recipe"], setting_text(row.settings["setting"])
+        cells = [f"{1e4 * min(row.found['scale 1']):.1f}"]
+        for level in REFERENCE[row.settings["flow"]]:
+            cells.append(calls_text([calls_to(row.found, "scale 1", 1e-4 * level, SEARCH)]))
+        lines.setdefault(key, {})[row.settings["flow"]] = cells
+    empty = [""] * 3
+    cells = [
+        [*key, *(cell for flow in REFERENCE for cell in found.get(flow, empty))]
+        for key, found in lines.items()
+    ]
+    return common.table(head, cells)
+
+
+# ---------------------------------------------------------------------------------------- tiny Flux
+
+CHECKPOINTS = (12, 25, 50, 75, 100, 150, 200, 300, 400, 600, 800, 1000, 1200, 1600, 2000, 2400)
+FLUX_SETTINGS = [
+    dict(ema="0.99 / 0.999, warmed up", batch=64),
+    dict(ema="0.99 / 0.999, warmed up", batch=16),
+    dict(ema="0.8 / 0.9", batch=64),
+    dict(ema="0.8 / 0.9", batch=16),
+]
+FLUX_SHIPPED = FLUX_SETTINGS[0]
+FLUX_LAST = {"paper": 200, "ours": 400}  # iterations: then the paper's recipe is past its best
+FLUX_PUBLISHED = [dict(ema="0.99 / 0.999", batch=8, iterations=2400)]
+FLUX_LEVELS = (4, 6, 8, 9)  # steps of the teacher
+# Calls of the 32 validation rows: lam* as above, 32 fine steps, 9 scales in 3 steps. The two
+# searches of `Validation.search` share a scale. A best one at a border costs a few more.
+FLUX_SEARCH = (3 * 18 + 32 + 9 * 3) * 32
+
+
+def measure_flux(recipe: str, setting: dict, seed: int, length: float) -> dict:
+    """3-step RMSE on held-out captions at the checkpoints of one distillation."""
+    config, ema_warmup = config_of(recipe, setting["ema"])
+    batch = setting["batch"]
+    last = setting.get("iterations", FLUX_LAST[recipe])
+    points = sorted({common.shortened(i, length) for i in CHECKPOINTS if i <= last})
+    more = ["--batch", batch]
+    if length < 1:
+        more += ["--limit", 20]
+    with tempfile.TemporaryDirectory() as folder:
+        settings = common_flux.demonstration(Path(folder), seed, *more, steps=(3,), length=length)
+        world = common_flux.TinyFlux(settings)
+        weights = world.distil(config, points[-1], points, ema_warmup)
+        validation = fd.Validation(settings, world.cache, world.lora)
+        scales = {i: validation.search(weights[i], 3)[1] for i in points}
+        calls_of_row = common.network_calls(config)
+        found = {
+            "batch": batch,
+            "iterations": points,
+            "calls": [calls_of_row * batch * i for i in points],
+            "scale 1": [world.distance(world.velocity(weights[i]), 3) for i in points],
+            "scaled": [world.distance(world.velocity(weights[i], scales[i]), 3) for i in points],
+        }
+        teacher = world.velocity(None)
+        found["teacher"] = {n: world.distance(teacher, n) for n in FLUX_LEVELS}
+    return found
+
+
+def tables_of_flux(rows: list[common.Row]) -> list[str]:
+    settings = (FLUX_SETTINGS, FLUX_PUBLISHED, FLUX_SHIPPED)
+    columns = columns_of(rows, *settings)
+    if not {"paper", "ours"} <= columns.keys():
+        return []  # not measured yet
+    best = least_errors(columns["paper"], "scale 1")
+    levels = {
+        "1.1 x the paper's least error": [1.1 * error for error in best],
+        "the paper's least error": best,
+        "the paper's least error, scaled": least_errors(columns["paper"], "scaled"),
+    }
+    for n in FLUX_LEVELS:
+        levels[f"teacher, {n} steps"] = [curve["teacher"][n] for curve in columns["ours"][0]]
+    seeds = len(common.grouped(rows, "seed"))
+    lines = [f"**tiny Flux**, {seeds} seeds; thousand network calls until a level is reached"]
+    lines += table_of_levels(columns, levels, FLUX_SEARCH, common.mean_text)
+    lines += ["Least error of a training", *table_of_least(columns, common.mean_text)]
+    for recipe, setting in product(RECIPES, FLUX_SETTINGS + FLUX_PUBLISHED):
+        some = common.where(rows, "flux", recipe=recipe, setting=setting)
+        if some:
+            lines += table_of_curve(f"{recipe}, {setting_text(setting)}", some)
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split(": ")[0])
-    parts = ("sweep", "flows", "flux")
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--flows", nargs="+", choices=toy.FLOWS, default=list(toy.FLOWS))
-    parser.add_argument("--seeds", type=int, default=5, help="of the 2-D flows (5)")
-    parser.add_argument("--flux-seeds", type=int, default=3, help="of the tiny Flux (3)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes of one thread")
-    parser.add_argument("--length", type=float, default=1.0, help="scales all trainings (1)")
-    parser.add_argument("--settings", type=int, help="only the first so many of each recipe (all)")
-    parser.add_argument("--out", type=Path, help="keep the runs in this folder, and go on in it")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(args.jobs) as pool:
-        out, jobs, lines = args.out or Path(scratch), [], []
-        out.mkdir(parents=True, exist_ok=True)
-        if "flux" in args.parts:
-            kinds = [*product(RECIPES, [*FLUX_SETTINGS.values()][: args.settings])]
-            todo = product(range(args.flux_seeds), [*kinds, ("paper", FLUX_PUBLISHED)])
-            jobs += [pool.submit(flux_run, out, r, s, args.length, some) for s, (r, some) in todo]
-        if "sweep" in args.parts:
-            todo = product(REFERENCE, RECIPES)
-            jobs += [pool.submit(sweep, out, flow, recipe, args.length) for flow, recipe in todo]
-        if "flows" in args.parts:
-            todo = product(range(args.seeds), args.flows)
-            jobs += [
-                pool.submit(headline, out, flow, s, args.length, args.settings) for s, flow in todo
-            ]
-        for job in jobs:
-            job.result()
-        if "flows" in args.parts:
-            lines += flow_tables(out, args.flows, args.seeds, args.length, args.settings)
-        if "flux" in args.parts:
-            lines += flux_tables(out, args.flux_seeds, args.length, args.settings)
-        if "sweep" in args.parts:
-            lines += sweep_table(out, args.length)
-    print("\n".join(lines))
+def table_of_curve(title: str, rows: list[common.Row]) -> list[str]:
+    """Errors over the course of training."""
+    points = rows[0].found["iterations"]
+    lines = []
+    for scale in ("scale 1", "scaled"):
+        errors = common.column(rows, scale).T
+        lines.append([scale, *(common.mean_text(values) for values in errors)])
+    return common.table([f"{title}; iterations", *points], lines)
 
 
 if __name__ == "__main__":
-    main()
+    common.main(__file__, __doc__, tasks, tables, flows=list(toy_2d.FLOWS))
