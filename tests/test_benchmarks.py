@@ -1,11 +1,9 @@
 """The scripts behind the README's tables still run: all of them shortened, none of the numbers."""
 
-import json
 import os
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -32,7 +30,6 @@ COMMANDS = {
     ),
     "quality": (f"--length 0.01 --figure steps.png {ONE}", "UniPC"),
     "fewshot": (f"--pairs 1 --length 0.02 {ONE}", "strangers"),
-    "speed": ("--config small --iterations 4 --threads 1", "latents of one picture"),
 }
 
 
@@ -52,34 +49,3 @@ def test_a_benchmark_prints_its_table(name, tmp_path):
     flags, words = COMMANDS[name]
     printed = run(name, flags, tmp_path)
     assert words in printed and "| " in printed
-
-
-@pytest.mark.slow
-def test_gpu_tries_each_part_on_a_small_configuration(tmp_path):
-    parts = ("gradients", "steps", "full")
-    printed = run("gpu", f"--parts {' '.join(parts)} --out gpu.json", tmp_path)
-    results = json.loads((tmp_path / "gpu.json").read_text())
-    found = {part: set().union(*results[part]) for part in parts}
-    assert "CPU" in results["machine"]["device"]
-    assert found["gradients"] >= {"kernel", "gradient", "teacher", "student", "pipeline"}
-    assert found["steps"] >= {"sampling", "checks", "step", "calls", "ratio"}
-    assert found["full"] >= {"made", "phases", "table", "self_check"}
-    assert not any({"error", "stopped", "note"} & names for names in found.values())
-    heads = ("attention kernel, tiny Flux", "kernels in use", "pixels | batch", "full, phase")
-    assert all(f"| {head} |" in printed for head in heads)
-
-
-@pytest.mark.slow
-def test_nothing_of_a_part_outlives_its_time(tmp_path, monkeypatch):
-    """Neither its processes nor its files: they would slow the next part, and fill the memory."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import gpu
-
-    monkeypatch.setattr(gpu.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    rows = gpu.run_part("full", False, 12)
-    assert rows[-1] == {"stopped": "stopped after 12 s"}
-    assert not list(tmp_path.iterdir())
-    time.sleep(1)
-    told = subprocess.run(["ps", "ax", "-o", "command"], capture_output=True, text=True).stdout
-    assert str(tmp_path) not in told
