@@ -205,7 +205,7 @@ def matmul_peak(size: int = 8192, repeats: int = 20) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split(": ")[0])
-    parser.add_argument("--iterations", type=int, default=12, help="steps of each case, 3 or more")
+    parser.add_argument("--iterations", type=int, default=8, help="steps of each case, 3 or more")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a CPU")
     parser.add_argument("--config", choices=CONFIGS, help="default: dev on CUDA, else medium")
     parts = ("steps", "variants", "sampling")
