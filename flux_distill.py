@@ -265,9 +265,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-os.environ.setdefault(
-    "DIFFUSERS_VERBOSITY", "error"
-)  # they advise packages that Flux can do without
+# At their usual verbosity they advise packages that Flux can do without.
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -368,7 +367,7 @@ def prepare(settings: Settings, machine: "Machine") -> tuple["Run", "Cache"]:
 
 def finished(run: "Run") -> dict | None:
     """The results of this very run, if it has ended."""
-    with suppress(FileNotFoundError, ValueError):
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         results = json.loads((run.out / "results.json").read_text())
         in_file = read_metadata(run.lora).get("key")
         if in_file == results["adapter"]["key"] == run.key:
@@ -406,11 +405,12 @@ def identify(settings: Settings, model: "Model", data: "Data") -> Run:
     identity = {"version": VERSION, "model": model.fingerprint, "data": data.fingerprint}
     identity |= {name: getattr(settings, name) for name in OF_TRAINING}
     identity["accumulate"] *= model.machine.processes
-    sampling = [settings.shift, settings.guidance, data.held_out, settings.noises]
+    sampling = [settings.shift, settings.guidance, data.held_out, settings.noises,
+                settings.teacher_steps]  # fmt: skip
     if settings.stop_when_matched:  # then these decide when training ends
         identity["stop"] = [*sampling, settings.validate_every]
     identity = json.loads(json.dumps(identity))  # as it will be read from a file
-    key = digest([identity, *sampling, settings.teacher_steps, settings.all_steps])
+    key = digest([identity, *sampling, settings.all_steps])
     run = Run(settings.out, model.base_model, identity, key)
     for path in filter(Path.exists, (run.state, run.lora)):
         found = read_metadata(path).get("settings")
@@ -525,6 +525,7 @@ class Flux:
     """
 
     pipeline = FluxPipeline
+    transformer = FluxTransformer2DModel
     text_encoders: ClassVar = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
     text_side = (*text_encoders, "tokenizer", "tokenizer_2")
     guidance_range = (0.0, 8.0)  # that training draws from
@@ -787,7 +788,7 @@ def check_memory(settings: Settings, model: Model) -> None:
     """Estimate what training takes, before anything is loaded."""
     machine = model.machine
     with torch.device("meta"):
-        net = FluxTransformer2DModel.from_config(model.config)
+        net = model.family.transformer.from_config(model.config)
     parameters = sum(p.numel() for p in net.parameters())
     if parameters > 1e9 and machine.device == "cpu":
         die(f"--model {model.name} has {parameters / 1e9:.0f} billion parameters and PyTorch sees"
@@ -842,6 +843,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Data:
+    """What a run trains on and is judged by."""
+
     texts: list[str]  # all captions and prompts, the held-out ones first
     pairs: list[Pair]
     held_out: list[str]
@@ -853,6 +856,7 @@ class Data:
 
 
 def read_data(settings: Settings, model: Model) -> Data:
+    """Prompts and pairs, without the held-out prompts among the pairs."""
     machine = model.machine
     prompts, held_out = read_prompts(settings.prompts, settings.held_out, not settings.images)
 
