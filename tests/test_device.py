@@ -259,9 +259,15 @@ def test_validations_take_as_many_network_calls_as_the_forecast_says(setup, lora
         validation.report(lora.initial_weights(), tmp_path / f"{number}.png")
         counts.append(len(calls))
     assert counts == [8 + 17 * 5, 8]  # as in the count by hand: steps 2 and 3, N = 3
-    calls.clear()
-    fd.Validation(setup.settings, setup.cache, lora)
-    assert len(calls) == setup.settings.teacher_steps + 3  # by which it divides its seconds
+
+
+def test_a_validation_knows_what_a_network_call_takes(setup, lora):
+    pause = 0.05
+    lora.net.register_forward_hook(lambda *_: time.sleep(pause))
+    began = time.perf_counter()
+    validation = fd.Validation(setup.settings, setup.cache, lora)
+    calls = setup.settings.teacher_steps + 3  # teacher in many steps, and in N
+    assert pause <= validation.seconds <= (time.perf_counter() - began) / calls
 
 
 @pytest.mark.parametrize(("peak", "alarm"), [(70.0, False), (77.0, True)])
@@ -499,14 +505,20 @@ def test_a_lora_layer_that_is_off_is_the_frozen_one():
 
 
 @pytest.mark.parametrize(("every", "again"), [(0, 0), (1, 4), (2, 2), (3, 2)])
-def test_as_many_blocks_are_recomputed_as_asked(setup, every, again):
+def test_as_many_blocks_are_recomputed_as_asked_also_after_the_device_check(setup, every, again):
     lora = new_lora(setup, recompute_every=every)
+    settings = fd.replace(setup.settings, recompute_every=every)
     calls = []
     for block in lora.blocks:
         norm = block.norm1 if hasattr(block, "norm1") else block.norm
         norm.register_forward_hook(lambda *_: calls.append(1))
     v = lora.velocity(lora.initial_weights())
     x, cond = setup.cache.noise([("a",)]), setup.cache.conditions([0], 1.0)
-    v(x, torch.ones(1), **cond).sum().backward()
+    counts = []
+    for _ in range(2):
+        calls.clear()
+        v(x, torch.ones(1), **cond).sum().backward()
+        counts.append(len(calls))
+        fd.device_errors(settings, setup.cache, lora)
     assert len(lora.blocks) == 4
-    assert len(calls) == 4 + again
+    assert counts == [4 + again] * 2

@@ -530,25 +530,26 @@ def rendered(monkeypatch):
 
 @pytest.fixture
 def scaled(done, tmp_path) -> Path:
-    """A finished run whose LoRA has other scales: 1.5 for 2 steps, 2.5 for 3."""
+    """A finished run whose LoRA says that it was made with other values than the defaults."""
     out = copied(done, tmp_path / "out")
-    adapter = fd.read_metadata(out / fd.LORA) | {"scales": {"2": 1.5, "3": 2.5}}
+    made_with = {"student_steps": 2, "shift": 1.25, "guidance": 2.0, "scales": {"2": 1.5, "3": 2.5}}
+    adapter = fd.read_metadata(out / fd.LORA) | made_with
     fd.write_tensors(out / fd.LORA, load_file(out / fd.LORA), adapter)
     return out
 
 
 def test_sample_renders_as_the_lora_was_made(scaled, rendered, capsys):
     call = rendered(scaled)
-    assert (call.steps, call.scale, call.shift, call.guidance) == (3, 2.5, 3.0, 3.5)
+    assert (call.steps, call.scale, call.shift, call.guidance) == (2, 1.5, 1.25, 2.0)
     path = Path(capsys.readouterr().out.strip())
     with Image.open(path) as image:
         assert image.size == (32, 32)
 
 
 def test_sample_obeys_the_flags_that_it_takes(scaled, rendered, capsys):
-    flags = "--student-steps 2 --resolution 64 --guidance 0 --shift 2 --batch 1"
+    flags = "--student-steps 3 --resolution 64 --guidance 0 --shift 2 --batch 1"
     call = rendered(scaled, *flags.split())
-    assert (call.steps, call.scale, call.shift, call.guidance) == (2, 1.5, 2.0, 0.0)
+    assert (call.steps, call.scale, call.shift, call.guidance) == (3, 2.5, 2.0, 0.0)
     path = Path(capsys.readouterr().out.strip())
     with Image.open(path) as image:
         assert image.size == (64, 64)
