@@ -1,8 +1,9 @@
 """flux_distill.py as on a GPU, without one: python tests/fake_gpu.py FLAGS
 
 Tensors on "cuda" compute on the CPU, but mixing them with the CPU's is refused as CUDA refuses it.
-So the program takes its GPU's branch whole, in bfloat16. It says nothing of kernels, memory, speed.
-Gradient checkpointing cannot run so (the backward's thread has no Python), nor can torchao.
+So the program takes the whole branch for GPUs, in bfloat16. That shows nothing about kernels,
+memory or speed. Gradient checkpointing can't run like this, because the thread of the backward
+pass has no Python, and neither can torchao.
 """
 
 import sys
@@ -16,6 +17,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 COPIES = ("aten::_to_copy", "aten::copy_", "aten::_foreach_copy_")  # from device to device
+JOINS = ("aten::cat", "aten::stack")  # which refuse numbers of the CPU, too
 _setup_privateuseone_for_python_backend("fake")
 DEVICE = torch.device("fake", 0)
 
@@ -24,7 +26,9 @@ def each(change, x):
     """x with its leaves, inside lists, tuples and dictionaries, changed."""
     if isinstance(x, dict):
         return {name: each(change, value) for name, value in x.items()}
-    return type(x)([each(change, y) for y in x]) if isinstance(x, list | tuple) else change(x)
+    if isinstance(x, list | tuple):
+        return type(x)([each(change, value) for value in x])
+    return change(x)
 
 
 class OnDevice(torch.Tensor):
@@ -34,8 +38,14 @@ class OnDevice(torch.Tensor):
 
     @staticmethod
     def __new__(cls, cpu):
-        like = dict(strides=cpu.stride(), storage_offset=cpu.storage_offset(), dtype=cpu.dtype)
-        tensor = torch.Tensor._make_wrapper_subclass(cls, cpu.size(), device=DEVICE, **like)
+        tensor = torch.Tensor._make_wrapper_subclass(
+            cls,
+            cpu.size(),
+            strides=cpu.stride(),
+            storage_offset=cpu.storage_offset(),
+            dtype=cpu.dtype,
+            device=DEVICE,
+        )
         tensor.numbers = cpu
         return tensor
 
@@ -46,34 +56,45 @@ class OnDevice(torch.Tensor):
 
 def compute(function, args, kwargs):
     """The same on the CPU, wrapped again, or the error that CUDA would raise."""
-    name, device = function._schema.name, kwargs.get("device")
-    ours, rest, given = [], [], {}
+    name = function._schema.name
+    device = kwargs.get("device")
+    ours = []  # tensors of the device
+    others = []  # tensors of the CPU
+    given = {}  # what came in, by the id of its numbers
 
     def numbers(x):
-        if isinstance(x, torch.Tensor):
-            (ours if isinstance(x, OnDevice) else rest).append(x)
-            given[id(getattr(x, "numbers", x))] = x
-        return getattr(x, "numbers", x)
+        if not isinstance(x, torch.Tensor):
+            return x
+        if isinstance(x, OnDevice):
+            ours.append(x)
+            given[id(x.numbers)] = x
+            return x.numbers
+        others.append(x)
+        given[id(x)] = x
+        return x
 
-    inside = each(numbers, args), each(numbers, kwargs)
+    cpu_args = each(numbers, args)
+    cpu_kwargs = each(numbers, kwargs)
     if name == "aten::index" and isinstance(args[0], OnDevice):
-        rest = []  # indices may come from the CPU
-    elif name not in ("aten::cat", "aten::stack"):
-        rest = [x for x in rest if x.ndim]  # so may numbers
-    if ours and rest and name not in COPIES:
-        raise RuntimeError(f"{name}: tensors of two devices, {[tuple(x.shape) for x in rest]}")
+        others = []  # indices may come from the CPU
+    elif name not in JOINS:
+        others = [x for x in others if x.ndim > 0]  # numbers may come from the CPU
+    if ours and others and name not in COPIES:
+        raise RuntimeError(f"{name}: tensors of two devices, {[tuple(x.shape) for x in others]}")
     on_device = device.type == DEVICE.type if device else bool(ours)
     if on_device and kwargs.get("generator") is not None:
         raise RuntimeError(f"{name}: a generator of the CPU")
     if on_device and device:
-        inside[1]["device"] = torch.device("cpu")
-    result = function(*inside[0], **inside[1])
-    if name == "aten::_to_copy":  # a copy, also where the CPU would give the same back
-        return OnDevice(result.clone()) if on_device else result.clone()
+        cpu_kwargs["device"] = torch.device("cpu")
+    result = function(*cpu_args, **cpu_kwargs)
+    if name == "aten::_to_copy":  # a copy, also where the CPU would return the same tensor
+        copy = result.clone()
+        return OnDevice(copy) if on_device else copy
 
     def outside(x):
-        new = isinstance(x, torch.Tensor) and on_device and id(x) not in given
-        return OnDevice(x) if new else given.get(id(x), x)  # in place: what came in
+        if id(x) in given:  # changed in place: what came in
+            return given[id(x)]
+        return OnDevice(x) if on_device and isinstance(x, torch.Tensor) else x
 
     return each(outside, result)
 
@@ -92,7 +113,8 @@ class Names(TorchFunctionMode):
                 return DEVICE
             return x
 
-        args, kwargs = each(ours, args), each(ours, kwargs or {})
+        args = each(ours, args)
+        kwargs = each(ours, kwargs or {})
         if function is torch.Tensor.tolist and isinstance(args[0], OnDevice):
             return args[0].to("cpu").tolist()
         if function is torch.tensor and kwargs.get("device") == DEVICE:
@@ -100,20 +122,27 @@ class Names(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+def nothing(*args, **kwargs):
+    pass
+
+
 def main(argv):
+    """The command, with fewer steps of the teacher, so that it is quicker."""
     import flux_distill as fd
 
-    fd.FINE, fd.STEPS = 4, (3,)  # quicker
     torch.set_num_threads(1)
     torch.cuda.is_available = lambda: True
-    torch.cuda.synchronize = torch.cuda.empty_cache = torch.cuda.ipc_collect = lambda: None
+    torch.cuda.synchronize = nothing
+    torch.cuda.empty_cache = nothing
+    torch.cuda.ipc_collect = nothing
+    torch.cuda.reset_peak_memory_stats = nothing
     torch.cuda.get_device_properties = lambda index: SimpleNamespace(total_memory=80 * 2**30)
     torch.cuda.get_device_name = lambda: "a fake GPU"
     torch.cuda.max_memory_allocated = lambda: 2**30
-    torch.cuda.reset_peak_memory_stats = lambda: None
-    fd.Adapter.recompute = lambda self, every: None
+    fd.LoRA.recompute = nothing  # the device check turns it on, whatever the flag says
+    quicker = ["--teacher-steps", "6", "--steps", "3", "--recompute-every", "0"]
     with Names(), Dispatch():
-        fd.main([*argv, "--recompute-every", "0"])
+        fd.main([*argv, *quicker])
 
 
 if __name__ == "__main__":

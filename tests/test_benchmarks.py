@@ -7,7 +7,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -35,7 +34,6 @@ RUNS = [  # script, flags that shorten it, words that its tables must have
     ("ablations", f"--flows moons --length 0.005 {ONE}", "oracle, shift 3"),
     ("baselines", f"--parts flows --flows moons --length 0.005 {ONE}", "8 teacher calls"),
     ("fusion", f"--parts flows --flows moons --length 0.002 {ONE}", "plain flow matching"),
-    ("speed", "--parts small --length 0.2 --jobs 1", "latents of one image"),
 ]
 SLOW_RUNS = [  # more than 10 s
     ("baselines", f"--parts tune --first 40 --length 0.005 {ONE}", "finest 64"),
@@ -91,7 +89,7 @@ def test_a_longer_benchmark_prints_its_tables(name, flags, words, tmp_path):
 
 
 def test_every_benchmark_runs():
-    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"common", "common_flux", "gpu"}
+    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"common", "common_flux", "gpu", "speed"}
     assert scripts == {name for name, *_ in RUNS + SLOW_RUNS}
 
 
@@ -408,36 +406,3 @@ def test_frechet_distance_of_gaussians():
     b = {"mean": torch.tensor([1.0, 2.0, 0.0]), "covariance": 9 * eye}
     assert_close(common_flux.frechet(a, b), 5.0 + 3 * (3 - 2) ** 2, rtol=1e-6, atol=0)
     assert abs(common_flux.frechet(a, a)) < 1e-9
-
-
-# --------------------------------------------------------------------------------------------- GPU
-
-
-@pytest.mark.slow
-def test_gpu_tries_each_part_on_a_small_configuration(tmp_path):
-    parts = ("gradients", "steps", "full")
-    printed = run("gpu", f"--parts {' '.join(parts)} --results gpu.json", tmp_path)
-    rows = common.load(tmp_path / "gpu.json")
-    found = {part: set().union(*(r.found for r in common.where(rows, part))) for part in parts}
-    assert found["gradients"] >= {"kernel", "gradient", "teacher", "student", "pipeline"}
-    assert found["steps"] >= {"sampling", "checks", "step", "calls", "tflops"}
-    assert found["full"] >= {"made", "phases", "table", "self_check"}
-    assert not any({"error", "stopped", "note"} & names for names in found.values())
-    heads = ("attention kernel, tiny Flux", "kernels in use", "pixels | batch", "full, phase")
-    assert all(f"| {head} |" in printed for head in heads)
-
-
-@pytest.mark.slow
-def test_nothing_of_a_part_outlives_its_time(tmp_path, monkeypatch):
-    """Neither its processes nor its files: they would slow the next part, and fill the memory."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import gpu
-
-    monkeypatch.setattr(gpu.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    rows = gpu.run_part("full", False, 12)
-    assert rows[-1] == {"stopped": "stopped after 12 s"}
-    assert not list(tmp_path.iterdir())
-    time.sleep(1)
-    told = subprocess.run(["ps", "ax", "-o", "command"], capture_output=True, text=True).stdout
-    assert str(tmp_path) not in told

@@ -1,36 +1,38 @@
 """What flux_distill.py checks, estimates and tells of the device that it runs on."""
 
+import copy
 import json
 import os
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_runs import SMALL, TINY, fd, prepared, run
+import wrong_attention
+from tiny_runs import SMALL, fd, new_lora, parsed, prepared, run
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 from torch.utils import backend_registration as backends
-
-import shortcut as sc
 
 HERE = Path(__file__).parent
 FAKE_GPU = pytest.mark.skipif(
     not hasattr(backends, "_setup_privateuseone_for_python_backend"), reason="needs a newer PyTorch"
 )
+functional = torch.nn.functional
 
 
 def test_without_the_flag_no_gpu_is_seen():
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert not torch.cuda.is_available()
 
 
 def test_attention_of_cudnn_is_off():
-    """Whoever imports the script: benchmarks and tests too."""
+    """For whoever imports the script: benchmarks and tests, too."""
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.flash_sdp_enabled()
 
@@ -38,108 +40,169 @@ def test_attention_of_cudnn_is_off():
 # ------------------------------------------------------------------------------- silent errors
 
 
-def first_pair(args):
-    return args.pairs[0].text, fd.read(args, "latent", [0])["latent"][0]
+@pytest.fixture
+def lora(setup):
+    return new_lora(setup)
 
 
-def test_a_right_device_passes(args):
-    found = fd.check_device(args, fd.Adapter(args), first_pair(args))
+def check(setup, lora) -> dict[str, float]:
+    return fd.check_device(setup.settings, setup.cache, lora)
+
+
+def errors(setup, lora) -> dict[str, float]:
+    return fd.device_errors(setup.settings, setup.cache, lora)
+
+
+def test_a_right_device_passes(setup, lora):
+    found = check(setup, lora)
     assert found.keys() == fd.CHECKS.keys()
     assert all(0 <= value < 1e-5 for value in found.values())
 
 
-class WrongBackward(torch.autograd.Function):
-    """The value is right, the gradient is not."""
-
-    factor = 800.0
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return WrongBackward.factor * gradient
-
-
-def attention_with_a_wrong_backward(*args, **kwargs):
-    """As cuDNN's: right again where PyTorch's plain attention is asked for."""
-    result = ATTENTION(*args, **kwargs)
-    return WrongBackward.apply(result) if torch.backends.cuda.flash_sdp_enabled() else result
-
-
-ATTENTION = torch.nn.functional.scaled_dot_product_attention
-
-
 @pytest.mark.parametrize("factor", [800.0, 1.2, float("nan")])
-def test_a_wrong_gradient_of_attention_is_found(args, monkeypatch, factor):
-    monkeypatch.setattr(WrongBackward, "factor", factor)
-    functional = torch.nn.functional
-    monkeypatch.setattr(functional, "scaled_dot_product_attention", attention_with_a_wrong_backward)
+def test_a_wrong_gradient_of_attention_is_found(setup, lora, monkeypatch, factor):
+    monkeypatch.setattr(wrong_attention.WrongBackward, "factor", factor)
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", wrong_attention.attention)
     with pytest.raises(SystemExit, match=r"student's gradient .* differs .* try DIFFUSERS_ATTN"):
-        fd.check_device(args, fd.Adapter(args), first_pair(args))
+        check(setup, lora)
 
 
-def test_a_wrong_velocity_is_found(args, monkeypatch):
-    adapter, real = fd.Adapter(args), fd.Adapter.velocity
+def test_a_wrong_velocity_is_found(setup, lora, monkeypatch):
+    right = fd.LoRA.velocity
 
-    def wrong(self, weights, size, dtype=None):
-        velocity = real(self, weights, size, dtype)
+    def wrong(self, weights, scale=1.0, dtype=None):
+        velocity = right(self, weights, scale, dtype)
         factor = 1.0 if dtype == torch.float32 else 1.5
         return lambda x, t, **cond: factor * velocity(x, t, **cond)
 
-    monkeypatch.setattr(fd.Adapter, "velocity", wrong)
+    monkeypatch.setattr(fd.LoRA, "velocity", wrong)
     with pytest.raises(SystemExit, match="the teacher's velocity differs from the same in float32"):
-        fd.check_device(args, adapter, first_pair(args))
+        check(setup, lora)
 
 
-def test_times_that_the_stock_pipeline_does_not_take_are_found(args):
-    adapter = fd.Adapter(args)
-    pipe = fd.load(args, "image")
-    fd.set_shift(pipe, 2.0)
-    try:
-        with pytest.raises(SystemExit, match="our own sampler differ from those of the stock"):
-            fd.check_device(args, adapter, first_pair(args))
-    finally:
-        fd.set_shift(pipe, args.shift)
+def test_a_velocity_that_is_wrong_with_the_lora_alone_is_found(setup, lora, monkeypatch):
+    in_float32, forward = fd.LoRA.in_float32, fd.LoRALinear.forward
+    reference = SimpleNamespace(on=False)
+
+    @contextmanager
+    def marked(self):
+        reference.on = True
+        with in_float32(self):
+            yield
+        reference.on = False
+
+    def wrong(self, x):
+        y = forward(self, x)
+        return y + 0.5 if self.switch.on and not reference.on else y
+
+    monkeypatch.setattr(fd.LoRA, "in_float32", marked)
+    monkeypatch.setattr(fd.LoRALinear, "forward", wrong)
+    found = errors(setup, lora)
+    assert found["teacher"] < 1e-5
+    assert found["student"] > 1e-3
+
+
+def test_times_that_the_stock_pipeline_does_not_take_are_found(setup, lora, monkeypatch):
+    right = fd.stock_sample
+
+    def wrong(model, noise, steps, cond, shift, batch):
+        return right(model, noise, steps, cond, 2.0, batch)
+
+    monkeypatch.setattr(fd, "stock_sample", wrong)
+    with pytest.raises(SystemExit, match="our own sampler differ from those of the stock"):
+        check(setup, lora)
+
+
+def test_the_gradient_check_reaches_every_weight(setup, lora, monkeypatch):
+    gradients = []
+    move_gradients = fd.LoRA.move_gradients
+
+    def noted(self, student, fraction):
+        move_gradients(self, student, fraction)
+        gradients.append(student.grad.clone())
+
+    monkeypatch.setattr(fd.LoRA, "move_gradients", noted)
+    errors(setup, lora)
+    assert len(gradients) == 2  # with the kernels in use, and with plain attention
+    sizes = [p.numel() for p in lora.params]
+    assert all(part.abs().max() > 0 for part in gradients[0].split(sizes))
+
+
+def test_the_check_looks_at_32_x_32_tokens_at_most(setup, lora):
+    """Plain attention takes memory by the square of the tokens."""
+    cache = copy.copy(setup.cache)
+    channels, _, _ = setup.model.latent_shape(32)
+    cache.latent = lambda i: torch.randn(channels, 66, 90)
+    tokens = []
+
+    def note(module, args, kwargs):
+        tokens.append(kwargs["hidden_states"].shape[1])
+
+    lora.net.register_forward_pre_hook(note, with_kwargs=True)
+    fd.device_errors(setup.settings, cache, lora)
+    assert max(tokens) == 32 * 32
+
+
+def test_the_reference_is_plain_attention_whatever_the_environment_says(setup, lora, monkeypatch):
+    """DIFFUSERS_ATTN_BACKEND opens a kernel of its own inside the call."""
+    registry = fd.attention_backend.__wrapped__.__globals__["_AttentionBackendRegistry"]
+    monkeypatch.setattr(registry, "_active_backend", "_native_flash")
+    math_is_on = []
+
+    def noted(*args, **kwargs):
+        math_is_on.append(torch.backends.cuda.math_sdp_enabled())
+        return wrong_attention.RIGHT(*args, **kwargs)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", noted)
+    errors(setup, lora)
+    assert any(math_is_on)
+    assert not all(math_is_on)
 
 
 PLANTED = """
 import sys
 sys.path.insert(0, {tests!r})
-import fake_gpu as gpu
-import test_device
-from fake_gpu import torch
-torch.nn.functional.scaled_dot_product_attention = test_device.attention_with_a_wrong_backward
-gpu.main(sys.argv[1:])
+import fake_gpu
+import torch
+import wrong_attention
+torch.nn.functional.scaled_dot_product_attention = wrong_attention.attention
+fake_gpu.main(sys.argv[1:])
 """
+
+
+def on_fake_gpu(program: Path, out: Path) -> subprocess.CompletedProcess:
+    more = ["--iterations", 1, "--held-out", 2, "--batch", 2, "--limit", 2]
+    command = [sys.executable, program, *SMALL.split(), *more, "--out", out]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
 
 
 @pytest.mark.slow
 @FAKE_GPU
-def test_training_on_a_fake_gpu_stops_at_a_wrong_backward(tmp_path):
-    """Before the first iteration; and what a right one gave stands in results.json and the card."""
-    more = ["--iterations", 1, "--held-out", 2, "--batch", 2, "--limit", 2]
-    flags = [*SMALL.split(), *more, "--out", tmp_path / "out"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    (script := tmp_path / "gpu.py").write_text(PLANTED.format(tests=str(HERE)))
-
-    def start(program):
-        command = list(map(str, [sys.executable, program, *flags]))
-        return subprocess.run(command, env=env, capture_output=True, text=True)
-
-    wrong = start(script)
-    assert wrong.returncode == 1, wrong.stderr[-2000:]
-    assert "student's gradient with the attention kernels in use differs" in wrong.stderr
+def test_training_on_a_fake_gpu_stops_at_a_wrong_backward_before_the_first_iteration(tmp_path):
+    script = tmp_path / "planted.py"
+    script.write_text(PLANTED.format(tests=str(HERE)))
+    done = on_fake_gpu(script, tmp_path / "out")
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "student's gradient with the attention kernels in use differs" in done.stderr
     assert not (tmp_path / "out" / "checkpoint").exists()
-    right = start(HERE / "fake_gpu.py")
-    assert right.returncode == 0, right.stderr[-2000:]
+
+
+@pytest.mark.slow
+@FAKE_GPU
+def test_results_and_card_of_a_fake_gpu_hold_device_checks_and_memory(tmp_path):
+    done = on_fake_gpu(HERE / "fake_gpu.py", tmp_path / "out")
+    assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert 0 <= results["adapter"]["checks"]["gradient"] < fd.CHECKS["gradient"][0]
+    checks = results["adapter"]["checks"]
+    assert checks.keys() == fd.CHECKS.keys()
+    for name, value in checks.items():
+        assert 0 <= value < fd.CHECKS[name][0]
     assert results["machine"]["device"] == "a fake GPU"
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Relative differences before the first iteration: the gradient" in card
-    assert "| train | " in card and "1.0 GiB" in card
+    assert "| train | " in card
+    assert "1.0 GiB" in card
 
 
 # ----------------------------------------------------------------------------- cost, told early
@@ -154,28 +217,66 @@ def test_after_the_third_iteration_the_cost_is_told(tmp_path, capsys):
         assert words in said[0]
 
 
-def test_the_forecast_counts_network_calls():
-    """Against a count by hand: 10 iterations left, two validations, steps 2 and 3, N = 3."""
-    args = Namespace(steps=[2, 3], student_steps=3, comparison=[0] * 8, validation=[0] * 4,
-                     iterations=13, validate_every=5, device="cpu")  # fmt: skip
-    words = fd.forecast(args, Namespace(seconds=1.0), 3, 60.0)
-    # 10 x 60 s, three validations (5, 10, 13) of 3 + 2 x 5 calls, 16 x 5 for the first lam*
-    assert "training takes 12 min more" in words  # 719 s
-    assert "3 validations of 13 s" in words
-    assert "takes about 96 s" in words  # 12 x (5 + 3)
-    assert f"comparison {2 * (fd.FINE + 15)} s" in words  # twice the rows, 3 x 5 calls and FINE
+# Ten iterations are left after the third, with validations after the fifth, tenth and thirteenth.
+THIRTEEN = fd.Settings(
+    steps=(2, 3), student_steps=3, teacher_steps=32, iterations=13, validate_every=5
+)
+ON_A_CPU = SimpleNamespace(device="cpu")
+
+
+def validation_of(seconds: float) -> SimpleNamespace:
+    """What the forecast knows of validations: seconds of a call; half as many rows as compared."""
+    return SimpleNamespace(seconds=seconds, rows=2.0)
+
+
+def test_the_forecast_is_that_of_a_count_by_hand():
+    words = fd.forecast(THIRTEEN, ON_A_CPU, validation_of(seconds=1.0), 3, seconds=60.0)
+    # 10 x 60 s, three validations of 3 + 2 + 3 calls, 17 x 5 for the first lam*
+    assert "training takes 12 min more" in words  # 709 s
+    assert "3 validations of 8 s" in words
+    assert "takes about 88 s" in words  # 11 x (5 + 3)
+    assert "comparison 94 s" in words  # twice the rows, 32 calls and 3 x 5
+
+
+def test_the_end_of_training_is_told_with_its_validations(monkeypatch):
+    class Noon(datetime):
+        @classmethod
+        def now(cls):
+            return cls(2026, 1, 5, 12)
+
+    monkeypatch.setattr(fd, "datetime", Noon)
+    words = fd.forecast(THIRTEEN, ON_A_CPU, validation_of(seconds=60.0), 3, seconds=60.0)
+    assert "until Mon 13:59" in words  # 10 x 60 s + 3 x 8 x 60 s + 85 x 60 s = 119 min
+
+
+def test_validations_take_as_many_network_calls_as_the_forecast_says(setup, lora, tmp_path):
+    calls = []
+    validation = fd.Validation(setup.settings, setup.cache, lora)
+    lora.net.register_forward_hook(lambda *_: calls.append(1))
+    counts = []
+    for number in range(2):
+        calls.clear()
+        validation.report(lora.initial_weights(), tmp_path / f"{number}.png")
+        counts.append(len(calls))
+    assert counts == [8 + 17 * 5, 8]  # as in the count by hand: steps 2 and 3, N = 3
+
+
+def test_a_validation_knows_what_a_network_call_takes(setup, lora):
+    pause = 0.05
+    lora.net.register_forward_hook(lambda *_: time.sleep(pause))
+    began = time.perf_counter()
+    validation = fd.Validation(setup.settings, setup.cache, lora)
+    calls = setup.settings.teacher_steps + 3  # teacher in many steps, and in N
+    assert pause <= validation.seconds <= (time.perf_counter() - began) / calls
 
 
 @pytest.mark.parametrize(("peak", "alarm"), [(70.0, False), (77.0, True)])
-def test_a_card_that_is_nearly_full_is_told(monkeypatch, peak, alarm):
-    card = Namespace(total_memory=80 * 2**30)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
-    costs = Namespace(peak=lambda: peak)
-    args = Namespace(steps=[2, 3], student_steps=3, comparison=[0], validation=[0], iterations=13,
-                     validate_every=5, device="cuda", costs=costs)  # fmt: skip
-    words = fd.forecast(args, Namespace(seconds=1.0), 3, 60.0)
+def test_a_card_that_is_nearly_full_is_told(peak, alarm):
+    machine = SimpleNamespace(device="cuda", peak_memory=lambda: peak, memory=lambda: 80 * 2**30)
+    words = fd.forecast(THIRTEEN, machine, validation_of(seconds=1.0), 3, seconds=60.0)
     assert f"peak memory {peak} of 80.0 GiB" in words
-    assert ("ALARM" in words and "--recompute-every 1" in words) == alarm
+    assert ("ALARM" in words) == alarm
+    assert ("--recompute-every 1" in words) == alarm
 
 
 def test_results_and_card_hold_what_a_run_took(done):
@@ -194,193 +295,19 @@ def test_costs_add_up_over_interruptions_of_a_phase_that_resumes(tmp_path):
     path = tmp_path / "costs.json"
     seconds = []
     for resumes in (False, True, False):
-        costs = fd.Costs(path, "cpu", lead=True)
+        costs = fd.Costs(path, fd.Machine())
         with pytest.raises(ZeroDivisionError), costs.phase("train", resumes):
             time.sleep(0.05 if resumes else 0.02)
             raise ZeroDivisionError
         seconds.append(json.loads(path.read_text())["train"]["seconds"])
     first, resumed, again = seconds
-    assert first >= 0.02 and resumed >= first + 0.05 and 0.02 <= again < resumed
-
-
-def test_relative_change_is_that_of_the_merged_weights(args):
-    adapter = fd.Adapter(args)
-    weights = adapter.switch.weights + 0.05 * torch.randn(adapter.switch.weights.shape)
-    adapter.use(weights)
-    ratios = [(0.7 * (m.B @ m.A)).norm() / m.base.weight.norm() for m in adapter.layers.values()]
-    expected = torch.stack(ratios).sort().values
-    middle = expected[[(len(expected) - 1) // 2, len(expected) // 2]].mean().item()
-    assert_close(adapter.relative_change(weights, 0.7), middle, rtol=1e-4, atol=0)
-    card = fd.took({"phases": {}, "machine": {"device": "CPU"},
-                    "adapter": {"checks": None, "relative_change": 0.002}})  # fmt: skip
-    assert "lost to rounding" in card
-
-
-# ------------------------------------------------------------------- memory, compiling, rotary
-
-
-def test_the_estimate_grows_with_the_blocks_that_are_not_recomputed(monkeypatch):
-    """Against peaks of a whole run's training on one H100 (FLUX.1-dev's size, batch 8, 512 px)."""
-    config = json.loads((TINY / "transformer/config.json").read_text())
-    config |= dict(num_attention_heads=24, attention_head_dim=128, num_layers=19,
-                   num_single_layers=38, axes_dims_rope=[16, 56, 56], in_channels=64,
-                   joint_attention_dim=4096, pooled_projection_dim=768)  # fmt: skip
-    measured = {1: 34.1, 2: 64.8}
-    for every, gib in measured.items():
-        args = fd.parse(["--out", "/tmp", "--recompute-every", str(every)])
-        args.device, args.size = "cuda", (32, 32)
-        for card, fits in ((gib, False), (1.25 * gib, True)):
-            properties = Namespace(total_memory=card * 2**30)
-            monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, p=properties: p)
-            if fits:
-                fd.check_memory(args, config)
-            else:
-                with pytest.raises(SystemExit, match=r"training needs about .*--recompute-every 1"):
-                    fd.check_memory(args, config)
-
-
-@pytest.mark.slow
-def test_compiled_blocks_give_what_eager_ones_give_and_compile_only_at_first(tmp_path):
-    compiled = prepared(tmp_path / "compiled", "--compile")
-    torch._dynamo.reset()
-    counters.clear()
-    graphs = []
-    windows = sc.sample_windows
-
-    def counted(*more, **named):
-        graphs.append(counters["stats"]["unique_graphs"])
-        return windows(*more, **named)
-
-    fd.sc.sample_windows = counted
-    try:
-        fd.train(compiled)
-    finally:
-        fd.sc.sample_windows = windows
-    assert graphs[3] > 0 and graphs[3] == graphs[2]  # none in the third step or later
-    assert not counters["graph_break"]
-    # The check compares with eager blocks and float32.
-    found = fd.device_errors(compiled, fd.Adapter(compiled), first_pair(compiled))
-    assert all(value < 1e-5 for value in found.values())
-
-
-def test_compile_is_refused_with_int8(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fd, "find_spec", lambda name: True)
-    with pytest.raises(SystemExit):
-        run(tmp_path, "--quantize", "int8", "--compile")
-    assert "--compile does not work with --quantize" in capsys.readouterr().err
-
-
-def test_the_rotary_embedding_is_computed_once_for_each_grid(args, monkeypatch):
-    args.loaded = (None, None)
-    adapter = fd.Adapter(args)
-    rotary = adapter.net.pos_embed
-    asked = []
-    hook = rotary.base.register_forward_hook(lambda module, inputs, out: asked.append(inputs[0]))
-    cond = fd.read(args, "text", [0]) | {"guidance": torch.ones(1)}
-    t = torch.ones(1)
-    with torch.no_grad():
-        x = {size: torch.randn(1, 16, 16) for size in ((4, 4), (2, 8))}
-        first = {size: adapter.velocity(None, size)(x[size], t, **cond) for size in x}
-        again = {size: adapter.velocity(None, size)(x[size], t, **cond) for size in x}
-    assert len(asked) == 2 and not torch.equal(*asked)
-    assert all(torch.equal(first[size], again[size]) for size in x)
-    ends = fd.sample(args, fd.load(args, "image"), cond, fd.noises(args, [("a",)]), 2)
-    assert len(asked) == 4 and ends.isfinite().all()  # the stock pipeline's own, each time
-    hook.remove()
-
-
-# ------------------------------------------------------------------ the LoRA layer by itself
-
-
-def test_a_lora_layer_is_the_linear_layer_of_merged_weights_gradients_too():
-    """Against autograd through W + B A, which knows nothing of the layer."""
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
-    base = torch.nn.Linear(6, 5).requires_grad_(False)
-    A, B = draw(3, 6), draw(5, 3)
-    layer = fd.LoRALinear(base, A, B, Namespace(on=True))
-    x = draw(2, 7, 6).requires_grad_()
-    merged = [p.clone().requires_grad_() for p in (A, B, x.detach())]
-    y = torch.nn.functional.linear(merged[2], base.weight + merged[1] @ merged[0], base.bias)
-    direction = draw(2, 7, 5)
-    (layer(x) * direction).sum().backward()
-    (y * direction).sum().backward()
-    assert_close(layer(x), y)
-    for ours, theirs in zip((layer.A, layer.B, x), merged):
-        assert_close(ours.grad, theirs.grad)
-    layer.switch.on = False
-    assert_close(layer(x), base(x))
-
-
-@pytest.mark.parametrize(("every", "again"), [(0, 0), (1, 4), (2, 2), (3, 2)])
-def test_as_many_blocks_are_recomputed_as_asked(args, every, again):
-    args.loaded = (None, None)
-    adapter = fd.Adapter(args)
-    adapter.recompute(every)
-    calls = []
-    for block in adapter.blocks:
-        norm = block.norm1 if hasattr(block, "norm1") else block.norm
-        norm.register_forward_hook(lambda *_: calls.append(1))
-    cond = fd.read(args, "text", [0]) | {"guidance": torch.ones(1)}
-    v = adapter.velocity(adapter.switch.weights.clone(), args.size)
-    v(fd.noises(args, [("a",)]), torch.ones(1), **cond).sum().backward()
-    args.loaded = (None, None)
-    assert len(calls) == len(adapter.blocks) + again == 4 + again
-
-
-def test_the_device_check_moves_every_weight_and_looks_at_the_student(args, monkeypatch):
-    seen = []
-    real = fd.Adapter.move_gradients
-
-    def kept(self, student, fraction):
-        real(self, student, fraction)
-        seen.append((self, student.grad.clone()))
-
-    monkeypatch.setattr(fd.Adapter, "move_gradients", kept)
-    fd.device_errors(args, fd.Adapter(args), first_pair(args))
-    adapter, gradient = seen[0]
-    sizes = [p.numel() for p in adapter.params]
-    assert len(seen) == 2 and all(part.abs().max() > 0 for part in gradient.split(sizes))
-    monkeypatch.setattr(fd.Adapter, "move_gradients", real)
-    forward = fd.LoRALinear.forward
-
-    def wrong(self, x):  # in the student alone, and in whichever type the check computes
-        y = forward(self, x)
-        return y + 0.5 if self.switch.on and x.dtype == torch.float32 and wrong.on else y
-
-    wrong.on = False
-    monkeypatch.setattr(fd.LoRALinear, "forward", wrong)
-    in_float32 = fd.Adapter.in_float32
-
-    @contextmanager
-    def marked(self):
-        with in_float32(self):
-            wrong.on = True
-            yield
-            wrong.on = False
-
-    monkeypatch.setattr(fd.Adapter, "in_float32", marked)
-    found = fd.device_errors(args, fd.Adapter(args), first_pair(args))
-    assert found["teacher"] < 1e-5 and found["student"] > 1e-3
-
-
-def test_the_reference_is_plain_attention_whatever_the_environment_says(args, monkeypatch):
-    """DIFFUSERS_ATTN_BACKEND opens a kernel of its own inside the call."""
-    registry = fd.attention_backend.__wrapped__.__globals__["_AttentionBackendRegistry"]
-    monkeypatch.setattr(registry, "_active_backend", "_native_flash")
-    functional, used = torch.nn.functional, []
-
-    def noted(*more, **named):
-        used.append(torch.backends.cuda.math_sdp_enabled())
-        return ATTENTION(*more, **named)
-
-    monkeypatch.setattr(functional, "scaled_dot_product_attention", noted)
-    fd.device_errors(args, fd.Adapter(args), first_pair(args))
-    assert any(used) and not all(used)
+    assert first >= 0.02
+    assert resumed >= first + 0.05
+    assert 0.02 <= again < resumed
 
 
 def test_costs_are_brought_up_to_date_without_counting_twice(tmp_path):
-    costs = fd.Costs(tmp_path / "costs.json", "cpu", lead=True)
+    costs = fd.Costs(tmp_path / "costs.json", fd.Machine())
     began = time.perf_counter()
     with costs.phase("train"):
         for _ in range(5):
@@ -389,27 +316,209 @@ def test_costs_are_brought_up_to_date_without_counting_twice(tmp_path):
     assert 0.1 <= costs.phases["train"]["seconds"] <= time.perf_counter() - began
 
 
-def test_the_end_of_training_is_told_with_its_validations(monkeypatch):
-    class Noon(datetime):
-        @classmethod
-        def now(cls):
-            return cls(2026, 1, 5, 12)
+def test_relative_change_is_that_of_the_merged_weights(lora):
+    start = lora.initial_weights()
+    weights = start + 0.05 * torch.randn(start.shape)
+    lora.use(weights)
+    ratios = []
+    for layer in lora.layers.values():
+        ratios.append((0.7 * (layer.B @ layer.A)).norm() / layer.base.weight.norm())
+    ordered = torch.stack(ratios).sort().values
+    middle = ordered[[(len(ordered) - 1) // 2, len(ordered) // 2]].mean().item()
+    assert_close(lora.relative_change(weights, 0.7), middle, rtol=1e-4, atol=0)
 
-    monkeypatch.setattr(fd, "datetime", Noon)
-    args = Namespace(steps=[2, 3], student_steps=3, comparison=[0] * 8, validation=[0] * 4,
-                     iterations=13, validate_every=5, device="cpu")  # fmt: skip
-    words = fd.forecast(args, Namespace(seconds=60.0), 3, 60.0)
-    assert "until Mon 14:09" in words  # 10 x 60 s + 3 x 13 x 60 s + 80 x 60 s = 129 min
+
+@pytest.mark.parametrize(("change", "fades"), [(0.002, True), (0.004, False)])
+def test_the_card_warns_of_a_change_that_fades_in_bfloat16(change, fades):
+    adapter = {"checks": None, "relative_change": change}
+    card = fd.took({"phases": {}, "machine": {"device": "CPU"}, "adapter": adapter})
+    assert ("lost to rounding" in card) == fades
 
 
-def test_positions_are_told_apart_by_text_length_too(args):
-    adapter = fd.Adapter(args)
-    x = torch.randn(1, 16, 16)
-    guidance, t = torch.ones(1), torch.ones(1)
-    text = fd.read(args, "text", [0])
-    short = {"text": text["text"][:, :5], "pooled": text["pooled"], "guidance": guidance}
+# --------------------------------------------------------------------------------------- memory
+
+
+def test_the_memory_of_a_cpu_is_that_of_the_machine(monkeypatch):
+    pages = {"SC_PHYS_PAGES": 7, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(os, "sysconf", pages.get)
+    assert fd.Machine().memory() == 7 * 4096
+    monkeypatch.delattr(os, "sysconf")
+    assert fd.Machine().memory() == float("inf")
+
+
+def test_the_memory_of_a_gpu_is_that_of_this_process_s_card(monkeypatch):
+    machine = fd.Machine()
+    machine.device = "cuda"
+    machine.card = 1
+    cards = [SimpleNamespace(total_memory=size) for size in (10, 20)]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: cards[index])
+    assert machine.memory() == 20
+
+
+@pytest.mark.parametrize(("every", "peak"), [(1, 34.1), (2, 64.8)])
+def test_the_estimate_is_near_what_training_took(setup, every, peak):
+    """Peaks in GiB of whole runs on one H100 (FLUX.1-dev's size, batch 8, 512 px)."""
+    model = copy.copy(setup.model)
+    model.config = model.config | dict(
+        num_attention_heads=24, attention_head_dim=128, num_layers=19, num_single_layers=38,
+        axes_dims_rope=[16, 56, 56], in_channels=64, joint_attention_dim=4096,
+        pooled_projection_dim=768,
+    )  # fmt: skip
+    model.vae_config = {"block_out_channels": [128, 256, 512, 512]}
+    settings = fd.Settings(recompute_every=every)
+
+    def check_card(gib: float) -> None:
+        model.machine = SimpleNamespace(
+            device="cuda", dtype=torch.bfloat16, memory=lambda: gib * 2**30
+        )
+        fd.check_memory(settings, model)
+
+    with pytest.raises(SystemExit, match=r"training needs about .*--recompute-every 1"):
+        check_card(peak)
+    check_card(1.25 * peak)
+
+
+# ---------------------------------------------------------------------------- compiling, rotary
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Four steps with compiled blocks: what was compiled up to the end of each, and two
+    validations that follow."""
+    setup = prepared(tmp_path_factory.mktemp("compiled") / "out", "--compile")
+    torch._dynamo.reset()
+    counters.clear()
+    lora = new_lora(setup)
+    state = fd.TrainState(lora.initial_weights(), setup.settings)
+    graphs = []
+    for _ in fd.train(setup.settings, setup.cache, fd.read_pool(setup.cache), lora, state):
+        graphs.append(counters["stats"]["unique_graphs"])
+    validation = fd.Validation(setup.settings, setup.cache, lora)
+    for number in range(2):
+        validation.report(state.student, setup.run.out / f"{number}.png")
+        graphs.append(counters["stats"]["unique_graphs"])
+    breaks = dict(counters["graph_break"])
+    return SimpleNamespace(setup=setup, lora=lora, graphs=graphs, breaks=breaks)
+
+
+@pytest.mark.slow
+def test_blocks_are_compiled_whole_and_only_at_first(compiled):
+    first, *steps, validation, again = compiled.graphs
+    assert len(steps) == 3
+    assert first > 0
+    assert steps == [first] * 3
+    assert again == validation
+    assert compiled.breaks == {}
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_what_eager_ones_give(compiled):
+    """The device check compares with eager blocks and float32."""
+    found = errors(compiled.setup, compiled.lora)
+    assert found.keys() == fd.CHECKS.keys()
+    assert all(value < 1e-5 for value in found.values())
+
+
+def test_compile_is_refused_with_int8(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fd, "find_spec", lambda name: True)
+    with pytest.raises(SystemExit):
+        parsed(tmp_path, "--quantize", "int8", "--compile")
+    assert "--compile does not work with --quantize" in capsys.readouterr().err
+
+
+@pytest.fixture
+def asked(lora) -> list:
+    """Positions that the network's own rotary embedding was asked for."""
+    positions = []
+    lora.net.pos_embed.base.register_forward_hook(
+        lambda module, inputs, output: positions.append(inputs[0])
+    )
+    return positions
+
+
+def velocity_of_teacher(setup, lora, height: int, width: int, **cond) -> torch.Tensor:
+    """On latents of this size; the same draw each time."""
+    channels, _, _ = setup.model.latent_shape(32)
+    x = torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0))
+    cond = setup.cache.conditions([0], 1.0) | cond
     with torch.no_grad():
-        adapter.velocity(None, (4, 4))(x, t, **text, guidance=guidance)
-        after = adapter.velocity(None, (4, 4))(x, t, **short)
-        adapter.net.pos_embed.known.clear()
-        assert torch.equal(after, adapter.velocity(None, (4, 4))(x, t, **short))
+        return lora.velocity(None)(x, torch.ones(1), **cond)
+
+
+def test_the_rotary_embedding_is_computed_once_for_each_grid(setup, lora, asked):
+    sizes = [(8, 8), (4, 16)]  # of as many tokens
+    first = [velocity_of_teacher(setup, lora, *size) for size in sizes]
+    again = [velocity_of_teacher(setup, lora, *size) for size in sizes]
+    assert len(asked) == 2
+    assert not torch.equal(*asked)
+    for v, w in zip(first, again):
+        assert torch.equal(v, w)
+
+
+def test_positions_are_told_apart_by_text_length_too(setup, lora, asked):
+    short = {"text": setup.cache.conditions([0], 1.0)["text"][:, :5]}
+    velocity_of_teacher(setup, lora, 8, 8)
+    v = velocity_of_teacher(setup, lora, 8, 8, **short)
+    assert len(asked) == 2
+    lora.net.pos_embed.known.clear()
+    assert torch.equal(v, velocity_of_teacher(setup, lora, 8, 8, **short))
+
+
+def test_the_stock_pipeline_computes_its_own_rotary_embedding(setup, lora, asked):
+    """It gives no key: what is remembered may be of another grid."""
+    velocity_of_teacher(setup, lora, 4, 16)
+    asked.clear()
+    cond, noise = setup.cache.held_out([0], "rotary")
+    fd.stock_sample(setup.model, noise, 2, cond, 3.0, batch=len(noise))
+    assert len(asked) == 2
+
+
+# ------------------------------------------------------------------ the LoRA layer by itself
+
+
+def test_a_lora_layer_is_the_linear_layer_of_merged_weights_gradients_too():
+    """Against autograd through W + B A, which knows nothing of the layer."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    base = torch.nn.Linear(6, 5).requires_grad_(False)
+    layer = fd.LoRALinear(base, draw(3, 6), draw(5, 3), SimpleNamespace(on=True))
+    x = draw(2, 7, 6).requires_grad_()
+    A, B, x_copy = (p.detach().clone().requires_grad_() for p in (layer.A, layer.B, x))
+    y = functional.linear(x_copy, base.weight + B @ A, base.bias)
+    direction = draw(2, 7, 5)
+    (layer(x) * direction).sum().backward()
+    (y * direction).sum().backward()
+    assert_close(layer(x), y)
+    assert_close(layer.A.grad, A.grad)
+    assert_close(layer.B.grad, B.grad)
+    assert_close(x.grad, x_copy.grad)
+
+
+def test_a_lora_layer_that_is_off_is_the_frozen_one():
+    base = torch.nn.Linear(6, 5)
+    layer = fd.LoRALinear(base, torch.ones(3, 6), torch.ones(5, 3), SimpleNamespace(on=False))
+    x = torch.randn(2, 7, 6)
+    assert torch.equal(layer(x), base(x))
+
+
+@pytest.mark.parametrize(("every", "again"), [(0, 0), (1, 4), (2, 2), (3, 2)])
+def test_as_many_blocks_are_recomputed_as_asked_also_after_the_device_check(setup, every, again):
+    lora = new_lora(setup, recompute_every=every)
+    settings = fd.replace(setup.settings, recompute_every=every)
+    calls = []
+    for block in lora.blocks:
+        norm = block.norm1 if hasattr(block, "norm1") else block.norm
+        norm.register_forward_hook(lambda *_: calls.append(1))
+    v = lora.velocity(lora.initial_weights())
+    x, cond = setup.cache.noise([("a",)]), setup.cache.conditions([0], 1.0)
+    counts = []
+    for _ in range(2):
+        calls.clear()
+        v(x, torch.ones(1), **cond).sum().backward()
+        counts.append(len(calls))
+        fd.device_errors(settings, setup.cache, lora)
+    assert len(lora.blocks) == 4
+    assert counts == [4 + again] * 2

@@ -1,20 +1,20 @@
 """What users give flux_distill.py and toy_2d.py: images, captions, prompts, flags, environment."""
 
+import copy
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-from tiny_runs import SMALL, TINY, copied, edited, fd, folder_of, picture, prepared, run, says
+from tiny_runs import SMALL, TINY, copied, edited, fd, parsed, picture, prepared, run, says
 
 ROOT = Path(fd.__file__).parent
 
@@ -38,7 +38,6 @@ DEEP = {  # name of a file: values of a ramp from black to white, as they are in
     "unit.tif": RAMP.astype("f4"),
     "float255.tif": (255 * RAMP).astype("f4"),
     "float65535.tif": (65535 * RAMP).astype("f4"),
-    "overshoot.tif": (1.3 * RAMP - 0.15).clip(-0.1, 1.1).astype("f4"),
     "16.png": (65535 * RAMP).astype("u2"),
     "16.tif": (65535 * RAMP).astype("u2"),
     "big-endian.tif": (65535 * RAMP).astype(">u2"),
@@ -49,18 +48,30 @@ DEEP = {  # name of a file: values of a ramp from black to white, as they are in
 }
 
 
+def opened_as_grey(path: Path) -> np.ndarray:
+    """Red of an image as training sees it, in [0, 1]."""
+    return fd.open_image(path, 64)[0, 0].numpy() / 2 + 0.5
+
+
 @pytest.mark.parametrize("name", DEEP)
 def test_a_ramp_of_more_than_8_bits_is_the_ramp(tmp_path, name):
     Image.fromarray(DEEP[name]).save(tmp_path / name)
-    pixels = fd.open_image(tmp_path / name, 64)[0, 0].numpy() / 2 + 0.5
-    expected = RAMP if name != "overshoot.tif" else (1.3 * RAMP - 0.15).clip(0, 1)
-    np.testing.assert_allclose(pixels, expected, rtol=0, atol=1.01 / 255)
+    found = opened_as_grey(tmp_path / name)
+    np.testing.assert_allclose(found, RAMP, rtol=0, atol=1.01 / 255)
+
+
+def test_floats_slightly_beyond_black_and_white_are_clipped(tmp_path):
+    """Resampled images overshoot."""
+    values = (1.3 * RAMP - 0.15).clip(-0.1, 1.1)
+    Image.fromarray(values.astype("f4")).save(tmp_path / "a.tif")
+    found = opened_as_grey(tmp_path / "a.tif")
+    np.testing.assert_allclose(found, values.clip(0, 1), rtol=0, atol=1.01 / 255)
 
 
 def test_16_bit_integers_are_never_stretched(tmp_path):
     """A dark image stays dark: the kind of file says where white is, not its brightest pixel."""
     Image.fromarray((200 * RAMP).astype("u2")).save(tmp_path / "dark.png")
-    assert fd.open_image(tmp_path / "dark.png", 64).max() < -0.98
+    assert opened_as_grey(tmp_path / "dark.png").max() < 0.01
 
 
 @pytest.mark.parametrize(("values", "said"), [
@@ -81,98 +92,191 @@ def test_negative_integers_are_refused(tmp_path):
         fd.open_image(tmp_path / "a.tif", 64)
 
 
-def test_the_first_frame_and_a_transparent_palette(tmp_path):
-    red, blue = (Image.new("RGB", (64, 64), color) for color in ("red", "blue"))
-    for name in ("a.gif", "a.tif", "a.webp", "a.png"):
-        red.save(tmp_path / name, save_all=True, append_images=[blue], lossless=True)
-        x = fd.open_image(tmp_path / name, 64)[0]
-        assert x[0].min() > 0.98 and x[1:].max() < -0.98
-    holes = Image.new("P", (64, 64))
-    holes.putpalette([0, 0, 0, 255, 0, 0])
-    holes.paste(1, (0, 0, 32, 64))
-    for name in ("b.png", "b.gif"):
-        holes.save(tmp_path / name, transparency=0)
-        x = fd.open_image(tmp_path / name, 64)[0]
-        assert (x[:, :, 40:] == 1).all() and (x[1:, :, :24] == -1).all()  # white behind, red
+@pytest.mark.parametrize("name", ["a.gif", "a.tif", "a.webp", "a.png"])
+def test_of_several_frames_the_first_is_used(tmp_path, name):
+    red = Image.new("RGB", (64, 64), "red")
+    blue = Image.new("RGB", (64, 64), "blue")
+    red.save(tmp_path / name, save_all=True, append_images=[blue], lossless=True)
+    with Image.open(tmp_path / name) as image:
+        assert image.n_frames == 2
+    x = fd.open_image(tmp_path / name, 64)[0]
+    assert x[0].min() > 0.98
+    assert x[1:].max() < -0.98
 
 
-def test_all_that_lies_in_a_folder_is_used_or_named(tmp_path, capsys):
-    for name in ("ok.png", "b.gif", "c.avif", "d.PNG", "e.jp2", "lonely.png"):
-        picture("RGB").save(tmp_path / name)
-        (tmp_path / name).with_suffix(".txt").write_text("a red circle")
-    (tmp_path / "lonely.png").unlink()
-    (tmp_path / "d.txt").rename(tmp_path / "d.TXT")
-    (tmp_path / "ok.txt").write_text("a red circle --ar 16:9")
-    (tmp_path / "sub" / "deep").mkdir(parents=True)
-    for name in ("sub/c.png", "sub/deep/d.png"):
-        picture("RGB").save(tmp_path / name)
-    for name in ("meta.json", "more.json", "Thumbs.db", "LICENSE", ".DS_Store", "._ok.png"):
-        (tmp_path / name).write_bytes(b"x")
-    Image.new("RGB", (64, 64), "green").save(tmp_path / "flat.png")
-    (tmp_path / "flat.txt").write_text("green")
-    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    (tmp_path / "gone.txt").write_text("a red circle")
-    names = [path.name for path, *_ in fd.read_images(folder_of(tmp_path))]
-    assert names == ["b.gif", "c.avif", "d.PNG", "e.jp2", "flat.png", "ok.png"]
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == "skipped 1, kept 6 images; mend these to use them:"
-    assert said[1].startswith("  gone.png: ")
-    assert said[2:] == [
-        "ignored 1 caption without an image (lonely.txt): add the images if they should be there",
-        "kept 1 caption with options like --ar 16:9, which are trained on as words (ok.txt): remove"
-        " them from the text",
-        "did not search 1 sub-folder with 2 images (sub): move images and captions up to use them",
-        "ignored 4 files of other kinds (2 .json, 1 no suffix, 1 .db): convert any images among"
-        " them to PNG",
-        "kept 1 image of one value all over (flat.png): remove what should not be trained on",
-    ]
+@pytest.mark.parametrize("name", ["b.png", "b.gif"])
+def test_transparent_entries_of_a_palette_are_seen_on_white(tmp_path, name):
+    image = Image.new("P", (64, 64))
+    image.putpalette([0, 0, 0, 255, 0, 0])  # black, which is transparent, and red
+    image.paste(1, (0, 0, 32, 64))
+    image.save(tmp_path / name, transparency=0)
+    x = fd.open_image(tmp_path / name, 64)[0]
+    assert (x[:, :, 40:] == 1).all()
+    assert (x[0, :, :24] == 1).all()
+    assert (x[1:, :, :24] == -1).all()
 
 
-def test_a_clean_folder_says_nothing_and_a_long_list_ends(tmp_path, capsys):
-    picture("RGB").save(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text("a red circle")
-    fd.read_images(folder_of(tmp_path))
-    assert capsys.readouterr().out == ""
-    for i in range(30):
-        (tmp_path / f"{i:02d}.png").write_bytes(b"no image")
-    fd.read_images(folder_of(tmp_path))
-    said = capsys.readouterr().out
-    assert "skipped 30, kept 1" in said and "19.png" in said
-    assert "20.png" not in said and said.endswith("  and 10 more\n")
+# --------------------------------------------------------------------------------- image folders
 
 
-def image_folder(tmp_path, count=3) -> Path:
-    (folder := tmp_path / "images").mkdir()
+def nothing_is_cached(item: list) -> bool:
+    return False
+
+
+def read_folder(folder: Path) -> list[str]:
+    """Names of the images that would be trained on."""
+    found = fd.read_images(folder, fd.Machine(), nothing_is_cached)
+    return [path.name for path, _, _ in found]
+
+
+def with_caption(folder: Path, name: str, caption: str = "a red circle") -> None:
+    picture("RGB").save(folder / name)
+    (folder / name).with_suffix(".txt").write_text(caption)
+
+
+def image_folder(tmp_path, count: int = 3) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
     for i in range(count):
-        picture("RGB").save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"a red circle {i}")
+        with_caption(folder, f"{i}.png", f"a red circle {i}")
     return folder
 
 
+def test_images_of_many_formats_are_used(tmp_path, capsys):
+    names = ["a.png", "b.gif", "c.avif", "d.PNG", "e.jp2"]
+    for name in names:
+        with_caption(tmp_path, name)
+    (tmp_path / "d.txt").rename(tmp_path / "d.TXT")
+    assert read_folder(tmp_path) == names
+    assert capsys.readouterr().out == ""  # nothing to mend
+
+
+def test_hidden_files_are_ignored_in_silence(tmp_path, capsys):
+    with_caption(tmp_path, "a.png")
+    for name in (".DS_Store", "._a.png"):
+        (tmp_path / name).write_bytes(b"x")
+    assert read_folder(tmp_path) == ["a.png"]
+    assert capsys.readouterr().out == ""
+
+
+def lonely_caption(folder: Path) -> None:
+    (folder / "lonely.txt").write_text("a red circle")
+
+
+def caption_with_an_option(folder: Path) -> None:
+    with_caption(folder, "option.png", "a red circle --ar 16:9")
+
+
+def sub_folders(folder: Path) -> None:
+    (folder / "sub" / "deep").mkdir(parents=True)
+    for name in ("sub/c.png", "sub/deep/d.png"):
+        picture("RGB").save(folder / name)
+
+
+def files_of_other_kinds(folder: Path) -> None:
+    for name in ("meta.json", "more.json", "Thumbs.db", "LICENSE"):
+        (folder / name).write_bytes(b"x")
+
+
+def flat_image(folder: Path) -> None:
+    Image.new("RGB", (64, 64), "green").save(folder / "flat.png")
+    (folder / "flat.txt").write_text("green")
+
+
+LYING_AROUND = {  # what lies in a folder: what is said, and what is used of it
+    lonely_caption: (
+        "ignored 1 caption without an image (lonely.txt): add the images if they should be there",
+        [],
+    ),
+    caption_with_an_option: (
+        "kept 1 caption with options like --ar 16:9, which are trained on as words (option.txt):"
+        " remove them from the text",
+        ["option.png"],
+    ),
+    sub_folders: (
+        "did not search 1 sub-folder with 2 images (sub): move images and captions up to use them",
+        [],
+    ),
+    files_of_other_kinds: (
+        "ignored 4 files of other kinds (2 .json, 1 no suffix, 1 .db): convert any images among"
+        " them to PNG",
+        [],
+    ),
+    flat_image: (
+        "kept 1 image of one value all over (flat.png): remove what should not be trained on",
+        ["flat.png"],
+    ),
+}
+
+
+@pytest.mark.parametrize("add", LYING_AROUND, ids=lambda add: add.__name__)
+def test_what_lies_in_a_folder_is_named(tmp_path, capsys, add):
+    sentence, used = LYING_AROUND[add]
+    with_caption(tmp_path, "a.png")
+    add(tmp_path)
+    assert read_folder(tmp_path) == ["a.png", *used]
+    assert capsys.readouterr().out == sentence + "\n"
+
+
+def test_notes_and_faults_are_told_together(tmp_path, capsys):
+    with_caption(tmp_path, "a.png")
+    for add in LYING_AROUND:
+        add(tmp_path)
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "gone.txt").write_text("a red circle")
+    assert read_folder(tmp_path) == ["a.png", "flat.png", "option.png"]
+    first, fault, *notes = capsys.readouterr().out.splitlines()
+    assert first == "skipped 1, kept 3 images; mend these to use them:"
+    assert fault.startswith("  gone.png: ")
+    assert notes == [sentence for sentence, _ in LYING_AROUND.values()]
+
+
+def test_a_long_list_of_faults_ends(tmp_path, capsys):
+    with_caption(tmp_path, "a.png")
+    for i in range(30):
+        (tmp_path / f"{i:02d}.png").write_bytes(b"no image")
+    read_folder(tmp_path)
+    said = capsys.readouterr().out
+    assert "skipped 30, kept 1" in said
+    assert "19.png" in said
+    assert "20.png" not in said
+    assert said.endswith("  and 10 more\n")
+
+
 def test_images_are_opened_once_and_the_same_pairs_are_found_again(tmp_path, monkeypatch):
-    folder, out = image_folder(tmp_path), tmp_path / "out"
-    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:200])
-    first = prepared(out, "--images", folder)
-    opened, real = [], fd.open_image
-    monkeypatch.setattr(fd, "open_image", lambda path, _: opened.append(path.name) or real(path, _))
-    again = prepared(out, "--images", folder)
+    folder = image_folder(tmp_path)
+    whole = (folder / "2.png").read_bytes()
+    (folder / "2.png").write_bytes(whole[:200])
+    first = prepared(tmp_path / "out", "--images", folder)
+    opened = []
+    open_image = fd.open_image
+
+    def noted(path, resolution):
+        opened.append(path.name)
+        return open_image(path, resolution)
+
+    monkeypatch.setattr(fd, "open_image", noted)
+    again = prepared(tmp_path / "out", "--images", folder)
     assert opened == ["2.png"]  # the damaged one has no latents
-    assert again.keys == first.keys and again.key == first.key and len(again.pairs) == 2
+    assert len(again.data.pairs) == 2
+    assert again.cache.keys == first.cache.keys
+    assert again.run == first.run
 
 
 PREPARE = """
 import os
 import sys
-import time
-from argparse import Namespace
 from pathlib import Path
 sys.path.insert(0, {root!r})
 import flux_distill as fd
-opened, real = [], fd.open_image
-fd.open_image = lambda path, resolution: opened.append(path.name) or real(path, resolution)
-args = fd.parse(sys.argv[1:])
-fd.prepare(args)
-kept = [pair.file.name for pair in args.pairs]
+opened = []
+open_image = fd.open_image
+def noted(path, resolution):
+    opened.append(path.name)
+    return open_image(path, resolution)
+fd.open_image = noted
+run, cache = fd.prepare(fd.parse(sys.argv[1:]), fd.Machine())
+kept = [pair.image.name for pair in cache.data.pairs]
 Path({folder!r}, "rank" + os.environ["RANK"]).write_text(" ".join([*opened, "of", *kept]))
 """
 
@@ -181,67 +285,93 @@ Path({folder!r}, "rank" + os.environ["RANK"]).write_text(" ".join([*opened, "of"
 def test_processes_share_the_opening_of_images(tmp_path):
     folder = image_folder(tmp_path, 4)
     (folder / "1.png").write_bytes(b"")
-    (script := tmp_path / "prepare.py").write_text(
-        PREPARE.format(root=str(ROOT), folder=str(tmp_path))
-    )
+    script = tmp_path / "prepare.py"
+    script.write_text(PREPARE.format(root=str(ROOT), folder=str(tmp_path)))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script]
     command += [*SMALL.split(), "--out", tmp_path / "out", "--images", folder]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    kept = " of 0.png 2.png 3.png"
-    assert (tmp_path / "rank0").read_text() == "0.png 2.png" + kept
-    assert (tmp_path / "rank1").read_text() == "1.png 3.png" + kept
+    kept = "of 0.png 2.png 3.png"
+    assert (tmp_path / "rank0").read_text() == f"0.png 2.png {kept}"
+    assert (tmp_path / "rank1").read_text() == f"1.png 3.png {kept}"
     assert done.stdout.count("skipped 1") == 1
 
 
-def test_pairs_are_identified_as_before():
-    """By these keys runs recognise their cache and results: they must not change."""
-    item = ["a red circle", 123, "0123abcd"]
-    settings = Namespace(model_print="model", device="cpu", resolution=512)
-    assert fd.latent_key(settings, item) == fd.digest(["model", "cpu", 512, *item])
+# --------------------------------------------------------------------- what entries are made from
 
 
-def test_many_prompts_are_read_in_linear_time(tmp_path):
-    lines = [f"a red circle number {i}" for i in range(100_000)]
-    (tmp_path / "many.txt").write_text("\n".join(lines))
-    flags = ["--prompts", tmp_path / "many.txt", "--limit", 0, "--out", tmp_path / "out"]
-    args = fd.parse([*SMALL.split(), *map(str, flags)])
-    started = time.process_time()
-    fd.prepare(args)
-    assert time.process_time() - started < 15  # 3 s; by searching the list for each it took 40
-    assert args.texts[args.pairs[-1].text] == lines[-4] and len(args.pairs) == 99_997
+def hashed(value) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def test_latents_of_the_teacher_are_identified_by_all_that_they_are_made_from(setup):
+    """By these keys runs recognise their cache and results."""
+    text = setup.data.texts[setup.data.pairs[1].text]
+    model = [fd.VERSION, setup.model.fingerprint, "cpu", 32]
+    made_from = [text, 1, 0, [2.5, 4.5], None, 8, 3.5]
+    assert setup.data.latent_keys[1] == hashed([*model, *made_from])
+
+
+def test_latents_of_images_are_identified_by_all_that_they_are_made_from(tmp_path):
+    folder = image_folder(tmp_path)
+    found = prepared(tmp_path / "out", "--images", folder)
+    content = (folder / "1.png").read_bytes()
+    starts = [len(content) * k // 16 for k in range(16)]
+    pieces = b"".join(content[start : start + 2**19] for start in starts)
+    image = [len(content), hashlib.sha256(pieces).hexdigest()]
+    model = [fd.VERSION, found.model.fingerprint, "cpu", 32]
+    assert found.data.latent_keys[1] == hashed([*model, "a red circle 1", *image])
+
+
+def test_embeddings_are_identified_by_all_that_they_are_made_from(setup):
+    made_from = [setup.model.fingerprint, "cpu", 256, setup.data.texts[0]]
+    assert setup.cache.keys["text"][0] == hashed(made_from)
 
 
 # ------------------------------------------------------------------------------------------ prompts
 
 
+def test_many_prompts_are_read_in_linear_time(tmp_path):
+    lines = [f"a red circle number {i}" for i in range(100_000)]
+    (tmp_path / "many.txt").write_text("\n".join(lines))
+    settings = parsed(tmp_path / "out", "--prompts", tmp_path / "many.txt", "--limit", 0)
+    started = time.process_time()
+    _, cache = fd.prepare(settings, fd.Machine())
+    assert time.process_time() - started < 15  # 3 s; by searching the list for each it took 40
+    assert len(cache.data.pairs) == 99_997
+    assert cache.data.texts[cache.data.pairs[-1].text] == lines[-4]
+
+
 def refused(tmp_path, text: str, *flags) -> str:
     """The sentence that ends a run with these prompts."""
-    (file := tmp_path / "prompts.txt").write_text(text)
-    given = [*SMALL.split(), "--prompts", file, "--out", tmp_path / "out", *flags]
-    args = fd.parse(list(map(str, given)))
+    file = tmp_path / "prompts.txt"
+    file.write_text(text)
+    settings = parsed(tmp_path / "out", "--prompts", file, *flags)
     with pytest.raises(SystemExit) as stopped:
-        fd.prepare(args)
-    assert "None" not in str(stopped.value) and "\n" not in str(stopped.value)
-    return str(stopped.value)
+        fd.prepare(settings, fd.Machine())
+    sentence = str(stopped.value)
+    assert "None" not in sentence
+    assert "\n" not in sentence
+    return sentence
 
 
 def test_prompts_that_differ_in_case_alone_are_one_and_the_sentence_speaks_of_prompts(tmp_path):
     said = refused(tmp_path, "A Cat\na cat\nb\nc\n", "--held-out", 3)
-    assert "--prompts" in said and "--images" not in said
-    assert "3 different prompts" in said and "--held-out 3 needs 4" in said
+    assert "--prompts" in said
+    assert "--images" not in said
+    assert "3 different prompts" in said
+    assert "--held-out 3 needs 4" in said
     assert said.endswith("give --prompts a longer file, or give a smaller --held-out")
 
 
 def test_too_few_built_in_prompts_are_called_so():
-    args = Namespace(prompts=None, images=None, held_out=24)
     with pytest.raises(SystemExit, match=r"the built-in list has 24 different prompts.*needs 25"):
-        fd.read_prompts(args)
-    args.held_out = 23
-    assert len(fd.read_prompts(args)[1]) == 23
+        fd.read_prompts(None, 24, needs_more=True)
+    for held_out, needs_more in ((23, True), (24, False)):
+        assert len(fd.read_prompts(None, held_out, needs_more)[1]) == held_out
 
 
-def test_images_whose_captions_are_all_held_out(tmp_path):
+def test_images_whose_captions_are_all_held_out_are_refused(tmp_path):
     folder = image_folder(tmp_path, 2)
     prompts = "first\nA Red circle 0\na red circle 1\n"
     said = refused(tmp_path, prompts, "--images", folder, "--held-out", 2)
@@ -251,9 +381,8 @@ def test_images_whose_captions_are_all_held_out(tmp_path):
 def test_comments_and_blank_lines_are_no_prompts(tmp_path):
     text = "\ufeff# a comment\r\n\r\na\r\n  # another\r\nb # no comment\r\nc -- d\r\n"
     (tmp_path / "a.txt").write_bytes(text.encode())
-    args = Namespace(prompts=tmp_path / "a.txt", images=None, held_out=2)
     prompts = ["a", "b # no comment", "c -- d"]
-    assert fd.read_prompts(args) == (prompts, prompts[1:])
+    assert fd.read_prompts(tmp_path / "a.txt", 2, needs_more=True) == (prompts, prompts[1:])
 
 
 @pytest.mark.parametrize(
@@ -266,80 +395,88 @@ def test_options_in_prompts_are_refused_with_their_line(tmp_path, option):
 
 # ----------------------------------------------------------------------------------- length of text
 
+LONG = "a red circle, " * 9  # the tiny tokenizer takes 8 tokens: of a longer text the rest is lost
+
 
 def test_cut_texts_are_counted_and_named(tmp_path, capsys):
-    """The tiny tokenizer takes 8 tokens: of a longer text the rest is lost."""
-    texts = [
-        "a red circle",
-        "a red circle, " * 9,
-        "a blue ring",
-        "a red ring, " * 20,
-        "b",
-        "c",
-        "d",
-    ]
-    (tmp_path / "prompts.txt").write_text("\n".join(texts))
-    flags = ["--prompts", tmp_path / "prompts.txt", "--held-out", 2]
-    args = prepared(tmp_path / "out", *flags)
+    texts = ["a red circle", LONG, "a blue ring", "a red ring, " * 20, "b", "c", "d"]
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(texts))
+    found = prepared(tmp_path / "out", "--prompts", file, "--held-out", 2)
     said = capsys.readouterr().err
     assert "cut 2 of 7 texts to 8 tokens; shorten them:" in said
-    tokenizer = fd.load(args, "text").tokenizer_2
-    for text in map(fd.tidy, (texts[1], texts[3])):
-        assert f"  {len(tokenizer(text).input_ids)} tokens: {text[:60]}\n" in said
+    tokenizer = found.model.load("text").tokenizer_2
+    for text in (texts[1].strip(), texts[3].strip()):
+        length = len(tokenizer(text, truncation=False).input_ids)
+        assert length > 8
+        assert f"  {length} tokens: {text[:60]}\n" in said
+
+
+def test_cut_texts_are_named_once(tmp_path, capsys):
+    """When they are encoded: later starts find them in the cache."""
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"{LONG}\na\nb\nc\n")
+    flags = ["--prompts", file, "--held-out", 2]
     prepared(tmp_path / "out", *flags)
-    assert "cut" not in capsys.readouterr().err  # nothing is encoded a second time
+    assert "cut 1 of 4 texts" in capsys.readouterr().err
+    prepared(tmp_path / "out", *flags)
+    assert "cut" not in capsys.readouterr().err
 
 
-def longer(tmp_path) -> Path:
-    """The tiny Flux with a tokenizer that takes 512 tokens, as the real one."""
-    return edited(tmp_path, "tokenizer_2/tokenizer_config.json", model_max_length=512)
+@pytest.fixture(scope="module")
+def twelve_tokens(tmp_path_factory) -> SimpleNamespace:
+    """A finished run with --text-tokens 12, of a model whose tokenizer takes 512, as Flux's does;
+    its flags without that one; and the longer text of its prompts."""
+    folder = tmp_path_factory.mktemp("twelve")
+    model = edited(folder, "tokenizer_2/tokenizer_config.json", model_max_length=512)
+    file = folder / "prompts.txt"
+    file.write_text(f"{LONG}\na\nb\nc\n")
+    flags = ["--model", model, "--prompts", file, "--iterations", 1, "--held-out", 2, "--batch", 1]
+    run(folder / "out", *flags, "--text-tokens", 12)
+    return SimpleNamespace(out=folder / "out", model=model, flags=flags)
 
 
-def test_text_tokens_reach_cache_adapter_and_memory(tmp_path, capsys, monkeypatch):
-    model, out = longer(tmp_path), tmp_path / "out"
-    text = "a red circle, " * 9
-    (tmp_path / "prompts.txt").write_text("\n".join([text, "a", "b", "c"]))
-    flags = ["--model", model, "--prompts", tmp_path / "prompts.txt", "--iterations", 1]
-    flags += ["--held-out", 2, "--batch", 1]
-    run(out, *flags, "--text-tokens", 12)
-    assert "cut 1 of 4 texts to 12 tokens; shorten them, or give --text-tokens up to 512:" in (
-        capsys.readouterr().err
-    )
+def test_a_longer_input_is_offered_where_the_tokenizer_takes_more(twelve_tokens, tmp_path, capsys):
+    prepared(tmp_path / "out", *twelve_tokens.flags, "--text-tokens", 12)
+    sentence = "cut 1 of 4 texts to 12 tokens; shorten them, or give --text-tokens up to 512:"
+    assert sentence in capsys.readouterr().err
+
+
+def test_text_tokens_reach_cache_lora_and_card(twelve_tokens):
+    out = twelve_tokens.out
+    for path in out.glob("cache/text-*"):
+        assert len(load_file(path)["text"]) == 12
     adapter = fd.read_metadata(out / fd.LORA)
     assert adapter["max_sequence_length"] == adapter["settings"]["text_tokens"] == 12
     assert "max_sequence_length=12" in (out / "README.md").read_text()
-    seen = []
-    monkeypatch.setattr(fd, "check_memory", lambda args, config: seen.append(args.text_tokens))
-    says("holds a run of other settings .text_tokens 12, now 256", "--out", out, *flags)
-    run(out, *flags, "--text-tokens", 12)
-    assert seen == [256, 12]
-    lengths = []
-    for extra in ([], ["--text-tokens", "20"]):
-        sampled = fd.parse(["--model", str(model), "--out", str(out), "--sample", text, *extra])
-        fd.prepare(sampled)
-        sampled.texts = sampled.sample
-        lengths += [len(x["text"]) for x in fd.encode_text(sampled, range(1))]
-    assert lengths == [12, 20]
 
 
-def test_the_cache_knows_how_many_text_tokens_it_holds(args):
-    text = [args.model_print, args.device, 256, args.texts[0]]
-    assert args.keys["text"][0] == fd.digest(text)
+def test_other_text_tokens_are_another_run(twelve_tokens):
+    sentence = "holds a run of other settings .text_tokens 12, now 256"
+    says(sentence, "--out", twelve_tokens.out, *twelve_tokens.flags)
 
 
-def test_the_memory_estimate_counts_text_tokens(args, monkeypatch):
+@pytest.mark.parametrize(("flags", "length"), [([], 12), (["--text-tokens", "20"], 20)])
+def test_text_tokens_of_sample_are_those_of_the_run_or_the_flag(twelve_tokens, rendered, flags,
+                                                                length):  # fmt: skip
+    call = rendered(twelve_tokens.out, *flags, model=twelve_tokens.model, prompt=LONG)
+    assert call.text_tokens == length
+
+
+def test_the_memory_estimate_counts_text_tokens(setup):
     """By the least memory that is enough, found by halving."""
-    config = json.loads((TINY / "transformer/config.json").read_text())
+    model = copy.copy(setup.model)
 
     def enough(tokens: int) -> int:
-        settings = Namespace(**vars(args) | {"text_tokens": tokens})
-        low, high = 0, 2**20
-        while high - low > 1:
+        settings = fd.replace(setup.settings, text_tokens=tokens)
+        low, high = 0, 2**32
+        while high - low > 2**12:
             middle = (low + high) // 2
-            pages = {"SC_PHYS_PAGES": middle, "SC_PAGE_SIZE": 4096}
-            monkeypatch.setattr(fd.os, "sysconf", pages.get)
+            model.machine = SimpleNamespace(
+                device="cpu", dtype=setup.machine.dtype, memory=lambda size=middle: size
+            )
             try:
-                fd.check_memory(settings, config)
+                fd.check_memory(settings, model)
                 high = middle
             except SystemExit:
                 low = middle
@@ -348,58 +485,96 @@ def test_the_memory_estimate_counts_text_tokens(args, monkeypatch):
     assert enough(512) > 1.3 * enough(256)
 
 
-def test_more_text_tokens_than_the_model_has(tmp_path, capsys):
+def test_more_text_tokens_than_the_tokenizer_takes_are_refused(tmp_path):
     sentence = "--text-tokens 9 is more than the 8 .*give at most 8"
     says(sentence, "--text-tokens", 9, "--out", tmp_path)
+
+
+def test_more_text_tokens_than_flux_takes_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         fd.parse(["--text-tokens", "513", "--out", str(tmp_path)])
-    assert "at most 512" in capsys.readouterr().err
+    assert "--text-tokens: 513 must be at most 512" in capsys.readouterr().err
 
 
-# -------------------------------------------------------------------------------------------- flags
+# ----------------------------------------------------------------------------------------- --sample
 
 
-def sampling(out, *flags) -> Namespace:
-    args = fd.parse(["--model", str(TINY), "--out", str(out), "--sample", "a red ring", *flags])
-    fd.prepare(args)
-    return args
+@pytest.fixture
+def rendered(monkeypatch):
+    """A function that renders one prompt, and tells with what the stock pipeline was called."""
+    calls = []
+    stock_sample = fd.stock_sample
+
+    def noted(model, noise, steps, cond, shift, batch):
+        latents = stock_sample(model, noise, steps, cond, shift, batch)
+        layers = [m for m in model.pipe.transformer.modules() if hasattr(m, "scaling")]
+        call = SimpleNamespace(
+            steps=steps,
+            scale=layers[0].scaling["student"],
+            shift=model.pipe.scheduler.config.shift,
+            guidance=cond["guidance"][0].item(),
+            text_tokens=cond["text"].shape[1],
+            noise=noise,
+        )
+        calls.append(call)
+        return latents
+
+    monkeypatch.setattr(fd, "stock_sample", noted)
+
+    def render(out, *flags, model=TINY, prompt="a red ring") -> SimpleNamespace:
+        fd.main(["--model", str(model), "--out", str(out), "--sample", prompt, *flags])
+        return calls[-1]
+
+    return render
 
 
-def test_sample_obeys_the_flags_that_it_takes(done, tmp_path, monkeypatch, capsys):
-    out, calls, scales = copied(done, tmp_path / "out"), [], []
-    real, set_adapters = fd.sample, fd.FluxPipeline.set_adapters
-
-    def spy(args, pipe, cond, noise, steps):
-        shift = pipe.scheduler.config.shift
-        calls.append((steps, shift, cond["guidance"][0].item(), args.size, noise.sum().item()))
-        return real(args, pipe, cond, noise, steps)
-
-    monkeypatch.setattr(fd, "sample", spy)
-    monkeypatch.setattr(fd.FluxPipeline, "set_adapters",
-                        lambda self, *a: scales.append(a[1]) or set_adapters(self, *a))  # fmt: skip
-    adapter = fd.read_metadata(out / fd.LORA) | {"scales": {"2": 1.5, "3": 2.5}}
+@pytest.fixture
+def scaled(done, tmp_path) -> Path:
+    """A finished run whose LoRA says that it was made with other values than the defaults."""
+    out = copied(done, tmp_path / "out")
+    made_with = {"student_steps": 2, "shift": 1.25, "guidance": 2.0, "scales": {"2": 1.5, "3": 2.5}}
+    adapter = fd.read_metadata(out / fd.LORA) | made_with
     fd.write_tensors(out / fd.LORA, load_file(out / fd.LORA), adapter)
-    fd.render(sampling(out))
-    assert calls[-1][:4] == (3, 3.0, 3.5, (4, 4)) and scales[-1] == 2.5
-    noise = calls[-1][4]
-    flags = "--student-steps 2 --resolution 64 --guidance 0 --shift 2 --seed 7 --batch 1"
-    fd.render(sampling(out, *flags.split()))
-    assert calls[-1][:4] == (2, 2.0, 0.0, (8, 8)) and scales[-1] == 1.5
-    assert calls[-1][4] != noise
-    path = Path(capsys.readouterr().out.splitlines()[-1])
-    assert Image.open(path).size == (64, 64)
-    fd.render(sampling(out, "--seed", "7"))
-    assert calls[-1][:4] == (3, 3.0, 3.5, (4, 4)) and calls[-1][4] != noise
-    for steps in ("5", "40"):
-        sentence = f"--student-steps {steps}: .* scales for 2 or 3 steps, give one of these"
-        with pytest.raises(SystemExit, match=sentence):
-            sampling(out, "--student-steps", steps)
+    return out
+
+
+def test_sample_renders_as_the_lora_was_made(scaled, rendered, capsys):
+    call = rendered(scaled)
+    assert (call.steps, call.scale, call.shift, call.guidance) == (2, 1.5, 1.25, 2.0)
+    path = Path(capsys.readouterr().out.strip())
+    with Image.open(path) as image:
+        assert image.size == (32, 32)
+
+
+def test_sample_obeys_the_flags_that_it_takes(scaled, rendered, capsys):
+    flags = "--student-steps 3 --resolution 64 --guidance 0 --shift 2 --batch 1"
+    call = rendered(scaled, *flags.split())
+    assert (call.steps, call.scale, call.shift, call.guidance) == (3, 2.5, 2.0, 0.0)
+    path = Path(capsys.readouterr().out.strip())
+    with Image.open(path) as image:
+        assert image.size == (64, 64)
+
+
+def test_the_seed_of_sample_changes_the_noise_and_nothing_else(scaled, rendered):
+    call = rendered(scaled)
+    other = rendered(scaled, "--seed", "7")
+    assert other.noise.shape == call.noise.shape
+    assert not other.noise.allclose(call.noise)
+    for name in ("steps", "scale", "shift", "guidance", "text_tokens"):
+        assert getattr(other, name) == getattr(call, name)
+
+
+@pytest.mark.parametrize("steps", ["5", "40"])
+def test_sample_refuses_steps_that_the_lora_has_no_scale_for(scaled, rendered, steps):
+    sentence = f"--student-steps {steps}: .* scales for 2 or 3 steps, give one of these"
+    with pytest.raises(SystemExit, match=sentence):
+        rendered(scaled, "--student-steps", steps)
 
 
 @pytest.mark.parametrize("flags", [
     "--rank 4", "--iterations 3000", "--prompts p.txt", "--images d", "--paper", "--noises 2",
     "--recompute-every 1", "--compile", "--stop-when-matched", "--shift-range 1 2", "--limit 0",
-    "--held-out 3",
+    "--held-out 3", "--teacher-steps 32", "--steps 2 3",
 ])  # fmt: skip
 def test_sample_refuses_flags_of_training(tmp_path, flags, capsys):
     """Even at their defaults: whoever gives them expects something of them."""
@@ -409,37 +584,48 @@ def test_sample_refuses_flags_of_training(tmp_path, flags, capsys):
     assert f"--sample only renders, and {flags.split()[0]} would change nothing" in said
 
 
-def test_sample_names_cut_texts_and_refuses_options(done, tmp_path, capsys):
+def test_sample_names_cut_texts_and_prints_paths_alone(done, rendered, tmp_path, capsys):
     out = copied(done, tmp_path / "out")
-    fd.main(["--model", str(TINY), "--out", str(out), "--sample", "a red circle, " * 9])
+    rendered(out, prompt=LONG)
     said = capsys.readouterr()
     assert "cut 1 of 1 text to 8 tokens" in said.err
-    assert len(said.out.splitlines()) == 1  # the path alone
-    with pytest.raises(SystemExit, match="--sample 'a cat --w 64' has the option --w"):
-        sampling(out, "a cat --w 64")
+    printed = said.out.splitlines()
+    assert len(printed) == 1
+    assert Path(printed[0]).exists()
+
+
+def test_sample_refuses_options_in_prompts(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        fd.parse(["--out", str(tmp_path), "--sample", "a dog", "a cat --w 64"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--sample 'a cat --w 64' has the option --w: prompts take no options here" in said
+
+
+@pytest.mark.parametrize(("steps", "is_said"), [(2, True), (3, False)])
+def test_sample_says_that_no_scale_was_found(done, rendered, tmp_path, capsys, steps, is_said):
+    out = copied(done, tmp_path / "out")
+    adapter = fd.read_metadata(out / fd.LORA) | {"uncalibrated": [2]}
+    fd.write_tensors(out / fd.LORA, load_file(out / fd.LORA), adapter)
+    rendered(out, "--student-steps", str(steps))
+    assert ("For 2 steps no scale" in capsys.readouterr().err) == is_said
+
+
+# ------------------------------------------------------------------------------------ other flags
 
 
 @pytest.mark.parametrize(("flags", "said"), [
     ("--warmup 5 --iterations 4", "--warmup 5 ends after the last of --iterations 4"),
-    ("--stop-when-matched --validate-every 4", "--validate-every 4 has none before the last"),
+    ("--stop-when-matched --validate-every 4",
+     "with --validate-every 4 there is none before the last of --iterations 4"),
     ("--guidance nan", "--guidance: nan must be at least"),
 ])  # fmt: skip
 def test_flags_without_effect_are_refused(tmp_path, flags, said, capsys):
     with pytest.raises(SystemExit):
-        fd.parse([*SMALL.split(), "--out", str(tmp_path), *flags.split()])
+        parsed(tmp_path, *flags.split())
     assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_limit_above_the_pairs_is_named(tmp_path, capsys):
     folder = image_folder(tmp_path, 2)
-    prepared(tmp_path / "out", "--images", folder, "--limit", 3)
+    fd.prepare(parsed(tmp_path / "out", "--images", folder, "--limit", 3), fd.Machine())
     assert "--limit 3 is more than the 2 pairs there are: all are used" in capsys.readouterr().out
-
-
-def test_sample_says_that_no_scale_was_found(done, tmp_path, capsys):
-    out = copied(done, tmp_path / "out")
-    tensors, metadata = load_file(out / fd.LORA), fd.read_metadata(out / fd.LORA)
-    fd.write_tensors(out / fd.LORA, tensors, metadata | {"uncalibrated": [2]})
-    for steps, said in ((2, True), (3, False)):
-        sampling(out, "--student-steps", str(steps))
-        assert ("scale" in capsys.readouterr().err) == said

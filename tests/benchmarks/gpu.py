@@ -1,7 +1,7 @@
 """Try a card: python tests/benchmarks/gpu.py (at most 8 minutes on one H100)
 
 Each part runs in a process and under a time limit of its own, prints what it finds as it finds it,
-and leaves that in the file of results even if the machine goes away during a later part.
+and leaves that in the JSON file even if the machine goes away during a later part.
 
     gradients      attention kernel by kernel, on the tiny Flux: gradients against PyTorch's plain
                    attention, velocities against float32
@@ -28,86 +28,84 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-import common
-import common_flux
-import speed
-import torch
-from common_flux import TINY
-from diffusers import AutoencoderKL, FluxPipeline
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-
-import flux_distill as fd
+os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+TINY = ROOT / "tests/tiny_flux"
+sys.path[:0] = [str(ROOT), str(HERE)]
 
 LIMITS = {"gradients": 30, "steps": 200, "full": 180, "demonstration": 70}  # seconds, on a GPU
-DEMONSTRATION = f"--model {TINY} --prompts {TINY}/prompts.txt {common_flux.DEMONSTRATION}"
-LENGTHS = {
-    True: "--validate-every 20",
+DEMONSTRATION = f"""--model {TINY} --prompts {TINY}/prompts.txt --resolution 32 --shift 1
+    --shift-range 1 1 --batch 64 --learning-rate 1e-3 --recompute-every 0 --noises 8"""
+LENGTHS = {  # whether on a GPU: flags
+    True: "--iterations 200 --validate-every 20",
     False: "--iterations 3 --validate-every 3 --limit 8 --held-out 6 --noises 2 --batch 4",
 }
 FULL = f"""--prompts {TINY}/prompts.txt --limit 4 --batch 4 --iterations 4 --validate-every 4
     --held-out 2 --noises 2 --resolution 256"""
-EAGER = ["--recompute-every", "1"]
-HALF = ["--recompute-every", "2"]
-STEPS = {  # pixels, batch, flags
-    True: [
-        (512, 8, EAGER),
-        (512, 8, HALF),
-        (512, 8, [*EAGER, "--compile"]),
-        (512, 8, [*HALF, "--compile"]),
-        (512, 1, EAGER),
-        (1024, 1, EAGER),
-        (512, 16, EAGER),
-        (1024, 4, EAGER),
-        (512, 16, [*EAGER, "--compile"]),
-    ],
+EAGER = ("--recompute-every", "1")
+HALF = ("--recompute-every", "2")
+CASES = {  # whether on a GPU: pixels, batch, flags
+    True: [(512, 8, EAGER), (512, 8, HALF), (512, 8, (*EAGER, "--compile")),
+           (512, 8, (*HALF, "--compile")), (512, 1, EAGER), (1024, 1, EAGER), (512, 16, EAGER),
+           (1024, 4, EAGER), (512, 16, (*EAGER, "--compile"))],
     False: [(64, 2, EAGER), (64, 2, HALF)],
-}
-KERNELS = {
-    "in use": "native",
-    "flash": "_native_flash",
-    "efficient": "_native_efficient",
+}  # fmt: skip
+KERNELS = {  # attention: backend of diffusers
+    "in use": "native", "flash": "_native_flash", "efficient": "_native_efficient",
     "cuDNN": "_native_cudnn",
-}
+}  # fmt: skip
+CHECKS = ("gradient", "teacher", "student", "pipeline")  # of flux_distill.py's device check
 
-# ------------------------------------------------------------------------------------------- parts
+# -------------------------------------------------------------------- parts, and the rows they find
 
 
 def gradients(on_gpu: bool) -> Iterator[dict]:
     """A row for each attention kernel: relative differences, or what the kernel said."""
+    import flux_distill as fd
+
     with tempfile.TemporaryDirectory() as out:
-        words = [*DEMONSTRATION.split(), "--limit", "6", "--held-out", "3", "--out", out]
-        settings = fd.parse(words)
-        world = common_flux.TinyFlux(settings)
-        for name, backend in KERNELS.items():
-            if name != "in use" and not on_gpu:
-                continue
+        more = ["--limit", "6", "--held-out", "3", "--out", out]
+        settings = fd.parse([*DEMONSTRATION.split(), *more])
+        _, cache = fd.prepare(settings, fd.Machine())
+        fd.fill_cache(settings, cache)
+        model = cache.model
+        lora = fd.LoRA(model.family, model.load("image").transformer, settings)
+        for name in KERNELS if on_gpu else ["in use"]:
             try:
-                with fd.attention_backend(backend):
-                    found = fd.device_errors(settings, world.cache, world.lora)
-                    yield {"kernel": name, **found}
+                with fd.attention_backend(KERNELS[name]):
+                    yield {"kernel": name} | fd.device_errors(settings, cache, lora)
             except RuntimeError as error:
                 yield {"kernel": name, "error": str(error).splitlines()[0][:100]}
 
 
 def steps(on_gpu: bool) -> Iterator[dict]:
-    """Device checks at full size, sampling, then a row for each size and way of training."""
-    peak = speed.matmul_peak("cuda") if on_gpu else None
-    if peak:
-        yield {"matmul_tflops": peak / 1e12}
-    model = speed.RandomFlux(fd.Machine(), speed.DEV if on_gpu else speed.SMALL)
+    """Sampling and device checks at full size, then a row for each size and way of training."""
+    import speed
+
+    config = speed.DEV if on_gpu else speed.SMALL
+    peak = speed.matmul_peak() if on_gpu else None
+    yield {"matmul_tflops": peak / 1e12 if on_gpu else None}
     for pixels in (512, 1024) if on_gpu else (64,):
-        yield {"sampling": pixels, "seconds": speed.sampling_seconds(model, pixels)}
-    pixels, batch = (512, 8) if on_gpu else (64, 2)
-    with tempfile.TemporaryDirectory() as out:
-        prepared = speed.Prepared(model, pixels, batch, out, [])
+        yield {"sampling": pixels, "seconds": speed.sampling(config, pixels)}
+    pixels, batch, _ = CASES[on_gpu][0]
+    yield checks_of(config, pixels, batch)
+    for pixels, batch, flags in CASES[on_gpu]:
         began = time.perf_counter()
-        found = fd.device_errors(prepared.settings, prepared.cache, prepared.lora)
-        yield {"checks": found, "seconds": time.perf_counter() - began}
-        prepared.close()
-    for pixels, batch, flags in STEPS[on_gpu]:
-        began = time.perf_counter()
-        row = speed.timed_step(model, pixels, batch, flags, 5, peak)
+        row = speed.measure(config, pixels, batch, 4, peak, *flags)
         yield row | {"whole": time.perf_counter() - began}
+
+
+def checks_of(config: dict, pixels: int, batch: int) -> dict:
+    """The device check on a transformer of this config, and its seconds."""
+    import speed
+
+    import flux_distill as fd
+
+    with speed.random_run(config, pixels, batch) as run:
+        began = time.perf_counter()
+        found = fd.device_errors(run.settings, run.cache, run.lora)
+        return {"checks": found, "seconds": time.perf_counter() - began}
 
 
 def full(on_gpu: bool) -> Iterator[dict]:
@@ -117,12 +115,60 @@ def full(on_gpu: bool) -> Iterator[dict]:
         began = time.perf_counter()
         command = [sys.executable, __file__, "--make-pipeline", str(model)]
         subprocess.run(command, check=True)
-        size = sum(path.stat().st_size for path in model.rglob("*") if path.is_file())
-        made = {"made": time.perf_counter() - began, "bytes": size}
-        yield made | {"in_memory": "ROOMY" in os.environ}
+        yield {
+            "made": time.perf_counter() - began,
+            "in_memory": "ROOMY" in os.environ,
+            "bytes": sum(path.stat().st_size for path in model.rglob("*") if path.is_file()),
+        }
         more = [] if on_gpu else ["--resolution", "32"]
         with tempfile.TemporaryDirectory() as out:
             yield distilled(out, "--model", str(model), *FULL.split(), *more)
+
+
+def make_pipeline(folder: Path, on_gpu: bool) -> None:
+    """A pipeline of FLUX.1-dev's own configuration, or a small one, with random weights."""
+    import torch
+    from diffusers import FluxPipeline
+
+    if not on_gpu:
+        FluxPipeline.from_pretrained(TINY).save_pretrained(folder)
+        return
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        parts = parts_of_dev()
+    torch.set_default_dtype(torch.float32)
+    pipe = FluxPipeline.from_pretrained(TINY, dtype=torch.bfloat16, **parts)
+    # Of the tiny Flux's text side only the tokenizers stay; they pad to 256, as T5's does.
+    pipe.tokenizer_2.model_max_length = 512
+    pipe.save_pretrained(folder)
+
+
+def parts_of_dev() -> dict:
+    """Text encoders, VAE and transformer of FLUX.1-dev's own configuration."""
+    import speed
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    clip = CLIPTextConfig(
+        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+        num_attention_heads=12, projection_dim=768, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    t5 = T5Config(
+        vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+        feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=16, layers_per_block=2, norm_num_groups=32, sample_size=1024,
+        use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611,
+        shift_factor=0.1159, **speed.VAE,
+    )  # fmt: skip
+    return {
+        "text_encoder": CLIPTextModel(clip),
+        "text_encoder_2": T5EncoderModel(t5),
+        "vae": vae,
+        "transformer": speed.FluxTransformer2DModel(**speed.DEV),
+    }
 
 
 def demonstration(on_gpu: bool) -> Iterator[dict]:
@@ -131,107 +177,99 @@ def demonstration(on_gpu: bool) -> Iterator[dict]:
         yield distilled(out, *DEMONSTRATION.split(), *LENGTHS[on_gpu].split())
 
 
-PARTS = {"gradients": gradients, "steps": steps, "full": full, "demonstration": demonstration}
-
-
 def distilled(out: str, *flags: str) -> dict:
     """Run flux_distill.py; its seconds as a process, and what results.json says."""
     began = time.perf_counter()
-    command = [sys.executable, str(common.ROOT / "flux_distill.py"), "--out", out, *flags]
-    env = {name: x for name, x in os.environ.items() if name != "OMP_NUM_THREADS"}  # common.py's
-    done = subprocess.run(command, cwd=common.ROOT, env=env, capture_output=True, text=True)
-    seconds = time.perf_counter() - began
+    command = [sys.executable, str(ROOT / "flux_distill.py"), "--out", out, *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    row = {"seconds": time.perf_counter() - began}
     if done.returncode:
-        return {"seconds": seconds, "error": (done.stdout + done.stderr)[-1500:]}
-    results = json.loads((Path(out) / "results.json").read_text())
+        return row | {"error": (done.stdout + done.stderr)[-1500:]}
     told = [line for line in done.stdout.splitlines() if "an iteration; training takes" in line]
-    row = {"seconds": seconds, "told": told}
-    row |= {name: results[name] for name in ("phases", "table", "self_check", "seed_to_seed")}
-    return row | {name: results["adapter"][name] for name in ("checks", "relative_change")}
+    row["told"] = told
+    results = json.loads((Path(out) / "results.json").read_text())
+    for name in ("phases", "table", "self_check", "seed_to_seed"):
+        row[name] = results[name]
+    for name in ("checks", "relative_change"):
+        row[name] = results["adapter"][name]
+    return row
 
 
-def make_pipeline(folder: Path, on_gpu: bool) -> None:
-    """A pipeline of FLUX.1-dev's own configuration, or the tiny Flux, with random weights."""
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    parts = {}
-    if on_gpu:
-        torch.set_default_dtype(dtype)
-        with torch.device("cuda"):
-            clip = CLIPTextModel(CLIPTextConfig(
-                vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                num_attention_heads=12, projection_dim=768, bos_token_id=0, eos_token_id=1,
-                pad_token_id=1))  # fmt: skip
-            t5 = T5EncoderModel(T5Config(
-                vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
-                feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1))  # fmt: skip
-            vae = AutoencoderKL(
-                down_block_types=("DownEncoderBlock2D",) * 4, latent_channels=16,
-                up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(128, 256, 512, 512),
-                layers_per_block=2, norm_num_groups=32, sample_size=1024, use_quant_conv=False,
-                use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159)  # fmt: skip
-            net = speed.FluxTransformer2DModel(**speed.DEV)
-        parts = {"text_encoder": clip, "text_encoder_2": t5, "vae": vae, "transformer": net}
-        torch.set_default_dtype(torch.float32)
-    pipe = FluxPipeline.from_pretrained(TINY, dtype=dtype, **parts)
-    if on_gpu:  # of the tiny Flux's text side only the tokenizers stay; they pad to 256, as T5's
-        pipe.tokenizer_2.model_max_length = 512
-    pipe.save_pretrained(folder)
+PARTS = {"gradients": gradients, "steps": steps, "full": full, "demonstration": demonstration}
+
+# --------------------------------------------------------------------------------------- the tables
 
 
-# ------------------------------------------------------------------------------------------- tables
+def table(heads: list[str], lines: list[list]) -> str:
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows) + "\n"
 
-CHECKS = ("gradient", "teacher", "student", "pipeline")
 
-
-def tables(rows: list[common.Row]) -> list[str]:
-    lines = []
-    kernels = [row.found for row in common.where(rows, "gradients") if "kernel" in row.found]
-    if kernels:
-        cells = []
-        for found in kernels:
-            differences = [f"{found[name]:.2g}" for name in CHECKS if name in found]
-            cells.append([found["kernel"], *(differences or [found["error"], "", "", ""])])
-        lines += common.table(["attention kernel, tiny Flux", *CHECKS], cells)
-    lines += tables_of_steps([row.found for row in common.where(rows, "steps")])
+def markdown(results: dict) -> str:
+    """The tables of what was found."""
+    machine = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
+    paragraphs = [machine, *about_kernels(results.get("gradients", []))]
+    paragraphs += about_steps(results.get("steps", []))
     for part in ("demonstration", "full"):
-        for row in common.where(rows, part):
-            lines += tables_of_run(part, row.found)
-    notes = [(row.part, row.found["stopped"]) for row in rows if "stopped" in row.found]
-    return lines + [f"{part}: {note}" for part, note in notes]
+        for row in results.get(part, []):
+            paragraphs += about_run(part, row)
+    return "\n".join(paragraphs)
 
 
-def tables_of_steps(rows: list[dict]) -> list[str]:
+def about_kernels(rows: list[dict]) -> list[str]:
     lines = []
-    for found in rows:
-        if "checks" in found:
-            cells = ["full size", *(f"{found['checks'][name]:.2g}" for name in CHECKS)]
-            lines += common.table(["kernels in use", *CHECKS], [cells])
-        if "sampling" in found:
-            pixels, seconds = found["sampling"], found["seconds"]
-            lines += [f"{pixels} px, 3 steps, the latents of one image: {seconds:.2f} s"]
-        if "matmul_tflops" in found:
-            lines += [f"bfloat16 matrix product: {found['matmul_tflops']:.0f} TFLOP/s"]
-    timed = [speed.line_of(found) for found in rows if "pixels" in found]
-    return lines + common.table(speed.HEAD, timed) if timed else lines
+    for row in rows:
+        if "error" in row:
+            lines.append([row["kernel"], row["error"], "", "", ""])
+        elif "kernel" in row:
+            lines.append([row["kernel"], *differences(row)])
+    return [table(["attention kernel, tiny Flux", *CHECKS], lines)] if lines else []
 
 
-def tables_of_run(part: str, found: dict) -> list[str]:
-    if "error" in found:
-        return [f"{part}: failed after {found['seconds']:.0f} s: {found['error']}"]
-    if "phases" not in found:
+def differences(found: dict[str, float]) -> list[str]:
+    return [f"{found[name]:.2g}" for name in CHECKS]
+
+
+def about_steps(rows: list[dict]) -> list[str]:
+    import speed
+
+    paragraphs, measured = [], []
+    for row in rows:
+        if "checks" in row:
+            line = ["full size", *differences(row["checks"])]
+            paragraphs.append(table(["kernels in use", *CHECKS], [line]))
+        elif "sampling" in row:
+            paragraphs.append(f"{row['sampling']} px, 3 steps, the latents of one image:"
+                              f" {row['seconds']:.2f} s\n")  # fmt: skip
+        elif row.get("matmul_tflops"):
+            paragraphs.append(f"bfloat16 matrix product: {row['matmul_tflops']:.0f} TFLOP/s\n")
+        elif "pixels" in row:
+            measured.append(speed.line_of(row))
+    if measured:
+        head = f"| {' | '.join(speed.HEADS)} |\n|{'---|' * len(speed.HEADS)}"
+        paragraphs.append("\n".join([head, *measured]) + "\n")
+    return paragraphs
+
+
+def about_run(part: str, row: dict) -> list[str]:
+    """Of a run of flux_distill.py: seconds and memory by phase, and where the student ends."""
+    if "error" in row:
+        return [f"{part}: failed after {row['seconds']:.0f} s: {row['error']}\n"]
+    if "phases" not in row:
         return []
-    cells = []
-    for name, phase in found["phases"].items():
-        peak = f"{phase['peak_gib']:.1f}" if phase["peak_gib"] else ""
-        cells.append([name, f"{phase['seconds']:.0f}", peak])
-    cells.append(["the whole process", f"{found['seconds']:.0f}", ""])
-    lines = common.table([f"{part}, phase", "seconds", "peak GiB"], cells)
-    ends = {(row["sampler"], row["steps"]): row["rmse"] for row in found["table"]}
-    teacher, student = ends["teacher", 3], ends["student", 3]
-    return [*lines, f"3 steps: teacher {teacher:.3f}, student {student:.3f}"]
+    lines = []
+    for name, phase in row["phases"].items():
+        memory = f"{phase['peak_gib']:.1f}" if phase["peak_gib"] else ""
+        lines.append([name, f"{phase['seconds']:.0f}", memory])
+    lines.append(["the whole process", f"{row['seconds']:.0f}", ""])
+    ends = {(cell["sampler"], cell["steps"]): cell["rmse"] for cell in row["table"]}
+    return [
+        table([f"{part}, phase", "seconds", "peak GiB"], lines),
+        f"3 steps: teacher {ends['teacher', 3]:.3f}, student {ends['student', 3]:.3f}\n",
+    ]
 
 
-# -------------------------------------------------------------------------------- running the parts
+# --------------------------------------------------------------------------------- one process each
 
 
 def run_part(name: str, on_gpu: bool, limit: float | None) -> list[dict]:
@@ -262,46 +300,48 @@ def run_part(name: str, on_gpu: bool, limit: float | None) -> list[dict]:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         found = [json.loads(line) for line in rows.read_text().splitlines()]
-    return [*found, {"stopped": note}] if note else found
+    if note:
+        found.append({"stopped": note})
+    return found
 
 
-def write_rows(part: str, file: Path) -> None:
-    """In the process of a part: append its rows to a file, one by one."""
-    on_gpu = torch.cuda.is_available()
+def write_rows(part: str, path: Path, on_gpu: bool) -> None:
+    """Run a part in this process; its rows are written and printed as they come."""
     for row in PARTS[part](on_gpu):
-        with open(file, "a") as lines:
-            lines.write(json.dumps(row) + "\n")
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
         print(json.dumps(row)[:600], flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="in order")
-    parser.add_argument("--results", type=Path, default=common.RESULTS / "gpu.json")
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="the JSON file")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--make-pipeline", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    import torch
+
+    on_gpu = torch.cuda.is_available()
     if args.make_pipeline:
-        make_pipeline(args.make_pipeline, torch.cuda.is_available())
-        return
-    if args.part:
-        write_rows(args.part, args.rows)
-        return
-    on_gpu = torch.cuda.device_count() > 0
-    results = [row for row in common.load(args.results) if row.part not in args.parts]
-    for part in args.parts:
+        make_pipeline(args.make_pipeline, on_gpu)
+    elif args.part:
+        write_rows(args.part, args.rows, on_gpu)
+    else:
+        try_all(args.parts, args.out, on_gpu)
+
+
+def try_all(parts: list[str], out: Path, on_gpu: bool) -> None:
+    import flux_distill as fd
+
+    results = {"machine": fd.Machine().describe()}
+    for part in parts:
         began = time.perf_counter()
-        found = run_part(part, on_gpu, LIMITS[part] if on_gpu else None)
-        seconds = time.perf_counter() - began
-        for i, row in enumerate(found):
-            of_part = {"row": i}
-            results.append(
-                common.Row(part, of_part, 1.0, common.as_kept(row), seconds, common.origin())
-            )
-        common.save(results, args.results)
-        print(f"{part}: {seconds:.0f} s", flush=True)
-    print("\n".join(tables(results)))
+        results[part] = run_part(part, on_gpu, LIMITS[part] if on_gpu else None)
+        out.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
+    print(markdown(results))
 
 
 if __name__ == "__main__":

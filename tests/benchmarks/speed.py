@@ -1,278 +1,248 @@
-"""How near a step is to its network calls: python tests/benchmarks/speed.py (2 min on 2 CPU cores)
+"""How near a training step is to its network calls: python tests/benchmarks/speed.py
 
-A training step can't be faster than its network calls: two of the teacher and one of the EMA
-without gradient, one of the student with its backward pass. Both are timed on random weights and
-random latents: steps of flux_distill.train itself, and those calls alone. On a CPU: a Flux of 124
-million parameters. On a CUDA device: FLUX.1-dev's own configuration, built there in bfloat16, with
-peak memory and the fraction of the rate of a large matrix product; then, at one size, other
-recomputation and compiled blocks. And what sampling with the LoRA takes, without text encoders and
-VAE.
+No step can be faster than the calls of the network that it makes: the teacher twice and the slow
+EMA once without a gradient, the student forward and backward. Steps of flux_distill.train, on
+random weights and cached noise, are timed in turn with such calls alone. On a CPU: a Flux of 124
+million parameters (2 minutes on 2 cores). On a CUDA device: FLUX.1-dev's own configuration, built
+there in bfloat16, with peak memory and the fraction of the rate of a large matrix product; then,
+at one size, fewer recomputed blocks and compiled ones. First it prints what sampling with the LoRA
+takes, without text encoders and VAE.
 """
 
+import argparse
+import itertools
 import os
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
-import common
-import common_flux
+os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import flux_distill as fd
+from flux_distill import Flux, FluxPipeline, FluxTransformer2DModel
 
+TINY = Path(__file__).parents[1] / "tiny_flux"
 DEV = dict(num_attention_heads=24, attention_head_dim=128, num_layers=19, num_single_layers=38,
            axes_dims_rope=(16, 56, 56), in_channels=64, joint_attention_dim=4096,
            pooled_projection_dim=768, guidance_embeds=True)  # fmt: skip
 MEDIUM = DEV | dict(num_attention_heads=8, attention_head_dim=96, num_layers=3, num_single_layers=6,
                     axes_dims_rope=(16, 40, 40))  # fmt: skip
 SMALL = MEDIUM | dict(num_attention_heads=2, num_layers=1, num_single_layers=1)
+VAE = {"block_out_channels": (128, 256, 512, 512)}  # latents are an eighth of the pixels
 CONFIGS = {"dev": DEV, "medium": MEDIUM, "small": SMALL}
-SIZES = {"dev": {512: (1, 4, 8, 16), 1024: (1, 4)}, "medium": {256: (2,)}}  # pixels: batches
-VARIANTS = (["--recompute-every", "2"], ["--recompute-every", "4"], ["--compile"])
-RECOMPUTE = (["--recompute-every", "1"], ["--recompute-every", "0"])
-STEPS = 12  # of a training that is timed
-
-# --------------------------------------------------------------------------------- a random network
-
-
-class RandomFlux(fd.Model):
-    """A stock pipeline around a transformer of random weights; its VAE and text side are the tiny
-    Flux's and not used."""
-
-    def __init__(self, machine: fd.Machine, config: dict):
-        super().__init__(str(common_flux.TINY), machine, quantize=None)
-        self.download()
-        torch.set_default_dtype(machine.dtype)
-        with torch.device(machine.device):
-            net = FluxTransformer2DModel(**config).requires_grad_(False)
-        torch.set_default_dtype(torch.float32)
-        absent = dict.fromkeys(self.family.text_side)
-        self.pipe = FluxPipeline.from_pretrained(self.folder, transformer=net, **absent)
-        self.pipe.set_progress_bar_config(disable=True)
-        self.loaded = "image"
-        self.config = dict(net.config)
-        self.vae_config = {"block_out_channels": (1,) * 4}  # latents: an eighth of the pixels
+TEXT_TOKENS = {"cuda": 256, "cpu": 64}
+SIZES = {"cuda": {512: (1, 4, 8, 16), 1024: (1, 4)}, "cpu": {256: (2,)}}  # pixels: batches
+BEST = {"cuda": (512, 8), "cpu": (256, 2)}  # the size at which variants are tried
+HEADS = ("pixels", "batch", "flags", "step, s", "its calls, s", "ratio", "TFLOP/s", "GiB")
+RECOMPUTE = (("--recompute-every", "1"), ("--recompute-every", "0"))
+WARM_UP = 2  # steps that are not timed
 
 
-class Prepared:
-    """What a training needs, filled with random numbers; `close` takes the LoRA off again."""
-
-    def __init__(self, model: RandomFlux, pixels: int, batch: int, out: str, flags: list[str]):
-        words = ["--model", common_flux.TINY, "--resolution", pixels, "--batch", batch]
-        words += ["--limit", 2, "--held-out", 2, "--out", out, *flags]
-        self.settings = fd.parse([str(word) for word in words])
-        self.model = model
-        self.cache = fd.Cache(self.settings, model, fd.read_data(self.settings, model))
-        self.fill()
-        self.pool = fd.read_pool(self.cache)
-        self.lora = fd.LoRA(model.family, model.pipe.transformer, self.settings)
-        self.state = fd.TrainState(self.lora.initial_weights(), self.settings)
-
-    def fill(self) -> None:
-        net, cache = self.model.pipe.transformer, self.cache
-        tokens = 256 if self.model.machine.device == "cuda" else 64
-        text = {
-            "text": torch.randn(tokens, net.config.joint_attention_dim).to(net.dtype),
-            "pooled": torch.randn(net.config.pooled_projection_dim).to(net.dtype),
-        }
-        shape = self.model.latent_shape(self.settings.resolution)
-        for i in range(len(cache.data.texts)):
-            cache.write("text", i, text)
-        for i in range(len(cache.data.pairs)):
-            cache.write("latent", i, {"latent": torch.randn(shape)})
-
-    def train(self):
-        return fd.train(self.settings, self.cache, self.pool, self.lora, self.state)
-
-    def close(self) -> None:
-        net = self.lora.net
-        net.disable_gradient_checkpointing()
-        for name, layer in self.lora.layers.items():
-            net.set_submodule(name, layer.base)
-        net.pos_embed = net.pos_embed.base
-        for block in self.lora.blocks:
-            block._compiled_call_impl = None
-        fd.free_memory()
+def random_model(machine: fd.Machine, config: dict) -> fd.Model:
+    """Flux with random weights in a transformer of this config, the image side loaded."""
+    fd.free_memory()
+    model = fd.Model(str(TINY), machine, None)
+    model.download()
+    model.config = config
+    model.vae_config = VAE
+    torch.set_default_dtype(machine.dtype)
+    with torch.device(machine.device):
+        net = FluxTransformer2DModel(**config)
+    torch.set_default_dtype(torch.float32)
+    absent = dict.fromkeys(Flux.text_side)
+    model.pipe = FluxPipeline.from_pretrained(TINY, transformer=net.requires_grad_(False), **absent)
+    model.pipe.set_progress_bar_config(disable=True)
+    model.loaded = "image"
+    return model
 
 
-# ------------------------------------------------------------------------------------- measurements
+@contextmanager
+def random_run(config: dict, pixels: int, batch: int, *flags: str):
+    """A run of this size on random weights, its cache filled with noise: settings, cache, LoRA."""
+    machine = fd.Machine()
+    with tempfile.TemporaryDirectory() as out:
+        few = ["--model", str(TINY), "--out", out, "--limit", "2", "--held-out", "2"]
+        size = ["--resolution", str(pixels), "--batch", str(batch)]
+        settings = fd.parse([*few, *size, *flags])
+        model = random_model(machine, config)
+        data = fd.read_data(settings, model)
+        cache = fd.Cache(settings, model, data)
+        tokens = TEXT_TOKENS[machine.device]
+        for i in range(len(data.text_keys)):
+            text = torch.randn(tokens, config["joint_attention_dim"]).to(machine.dtype)
+            pooled = torch.randn(config["pooled_projection_dim"]).to(machine.dtype)
+            cache.write("text", i, {"text": text, "pooled": pooled})
+        for i in range(len(data.latent_keys)):
+            cache.write("latent", i, {"latent": torch.randn(model.latent_shape(pixels))})
+        lora = fd.LoRA(Flux, model.pipe.transformer, settings)
+        yield SimpleNamespace(settings=settings, cache=cache, lora=lora)
 
 
-def now(machine: fd.Machine) -> float:
+def seconds_of(function, machine: fd.Machine) -> float:
+    """How long a call takes, until the device has done it."""
     if machine.device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def median_seconds(call: Callable[[], object], machine: fd.Machine, repeats: int) -> float:
-    """Without the first two, which warm up."""
-    times = []
-    for _ in range(repeats + 2):
-        began = now(machine)
-        call()
-        times.append(now(machine) - began)
-    return statistics.median(times[2:])
-
-
-def step_seconds(prepared: Prepared) -> float:
-    """Median of the steps of a training, without the first two."""
-    machine = prepared.model.machine
-    times = []
-    began = now(machine)
-    for _ in prepared.train():
-        times.append(now(machine) - began)
-        began = now(machine)
-    return statistics.median(times[2:])
-
-
-def calls_seconds(prepared: Prepared, repeats: int) -> float:
-    """Median of the network calls of a step, alone."""
-    settings, lora, state = prepared.settings, prepared.lora, prepared.state
-    x_0, noise, cond = fd.draw_batch(settings, prepared.cache, prepared.pool, fd.keyed("speed"))
-    t = torch.full((len(x_0),), 0.5, device=x_0.device)
-    teacher, ema = lora.velocity(None), lora.velocity(state.weights["slow"])
-    student = lora.velocity(state.student)
-
-    def calls() -> None:
-        with torch.no_grad():
-            teacher(noise, t, **cond)
-            teacher(noise, t, **cond)
-            ema(noise, t, **cond)
-        student(noise, t, **cond).square().mean().backward()
-        for weight in lora.params:
-            weight.grad = None
-
-    return median_seconds(calls, prepared.model.machine, repeats)
-
-
-def flops_of_a_call(prepared: Prepared) -> int:
-    """FLOPs of the network's forward pass on one image."""
-    cache = prepared.cache
-    cond, noise = cache.conditions([0], 1.0), cache.noise([("flops",)])
-    # Code that Dynamo first meets inside a dispatch mode, it never compiles afterwards.
-    eager = torch.compiler.set_stance("force_eager")
-    with eager, FlopCounterMode(display=False) as counter, torch.no_grad():
-        prepared.lora.velocity(None)(noise, torch.ones(1, device=noise.device), **cond)
-    return counter.get_total_flops()
-
-
-def matmul_peak(device: str, size: int = 8192, repeats: int = 20) -> float:
-    """FLOP/s of a large matrix product in bfloat16."""
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    times = []
-    for _ in range(repeats):
+    began = time.perf_counter()
+    function()
+    if machine.device == "cuda":
         torch.cuda.synchronize()
-        began = time.perf_counter()
-        a @ b
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return 2 * size**3 / statistics.median(times)
+    return time.perf_counter() - began
 
 
-def timed_step(
-    model: RandomFlux, pixels: int, batch: int, flags: list[str], repeats: int, peak: float | None
-) -> dict:
-    """Seconds of a step and of its calls, rate and memory, at this size."""
-    found = {"pixels": pixels, "batch": batch, "flags": " ".join(flags)}
-    with tempfile.TemporaryDirectory() as out:
-        iterations = ["--iterations", str(max(4, repeats))]
-        prepared = Prepared(model, pixels, batch, out, [*flags, *iterations])
-        try:
-            flops = flops_of_a_call(prepared)
-            if peak:
-                torch.cuda.reset_peak_memory_stats()
-            step, calls = step_seconds(prepared), calls_seconds(prepared, repeats)
-            every, blocks = prepared.settings.recompute_every, len(prepared.lora.blocks)
-            recomputed = len(range(0, blocks, every)) / blocks if every else 0.0
-            # Forward: teacher twice, EMA, student. Backward as one more, for weights are frozen.
-            rate = flops * batch * (5 + recomputed) / step
-            found |= {"step": step, "calls": calls, "tflops": rate / 1e12}
-            if peak:
-                found["fraction"] = rate / peak
-                found["gib"] = torch.cuda.max_memory_allocated() / 2**30
-        except torch.OutOfMemoryError:
-            found["note"] = "out of memory"
-        finally:
-            prepared.close()
-    return found
+def input_of_network(run: SimpleNamespace) -> dict[str, torch.Tensor]:
+    """A batch, as Flux.velocity takes it."""
+    rows = run.settings.batch
+    x = run.cache.noise([("speed", i) for i in range(rows)])
+    texts = [i % len(run.cache.data.texts) for i in range(rows)]
+    t = torch.full((rows,), 0.5, device=x.device)
+    return {"x": x, "t": t} | run.cache.conditions(texts, run.settings.guidance)
 
 
-def sampling_seconds(model: RandomFlux, pixels: int, steps: int = 3) -> float:
-    """Seconds in which the stock pipeline makes the latents of one image, LoRA switched on."""
-    with tempfile.TemporaryDirectory() as out:
-        prepared = Prepared(model, pixels, 1, out, [])
-        cond, noise = prepared.cache.conditions([0], 3.5), prepared.cache.noise([("speed",)])
-        prepared.lora.use(prepared.state.student)
-        shift = prepared.settings.shift
+def calls_of_a_step(lora: fd.LoRA, batch: dict[str, torch.Tensor]) -> None:
+    """The network calls of a training step and its backward pass, and nothing else."""
+    with torch.no_grad():
+        lora.switch.on = False
+        Flux.velocity(lora.net, **batch)  # the teacher
+        Flux.velocity(lora.net, **batch)
+        lora.switch.on = True
+        Flux.velocity(lora.net, **batch)  # the slow EMA
+    v = Flux.velocity(lora.net, **batch)  # the student
+    v.square().mean().backward()
+    for parameter in lora.params:
+        parameter.grad = None
 
-        def sample() -> Tensor:
-            return fd.stock_sample(model, noise, steps, cond, shift, batch=1).cpu()
 
-        seconds = median_seconds(sample, model.machine, repeats=5)
-        prepared.close()
+def timed_steps(run: SimpleNamespace, count: int) -> list[tuple[float, float]]:
+    """Seconds of each training step, and of its network calls alone; without the first ones."""
+    machine = run.cache.machine
+    state = fd.TrainState(run.lora.initial_weights(), run.settings)
+    steps = fd.train(run.settings, run.cache, fd.read_pool(run.cache), run.lora, state)
+    batch, seconds = input_of_network(run), []
+    while state.iteration < count:
+        step = seconds_of(lambda: next(steps), machine)
+        if state.iteration > WARM_UP:
+            calls = seconds_of(lambda: calls_of_a_step(run.lora, batch), machine)
+            seconds.append((step, calls))
     return seconds
 
 
-def measure(config: str, threads: int, length: float) -> dict:
-    """All of one network, one after the other on the whole machine."""
-    torch.set_num_threads(threads)
-    model = RandomFlux(fd.Machine(), CONFIGS[config])
-    device = model.machine.device
-    peak = matmul_peak(device) if device == "cuda" else None
-    repeats = common.shortened(STEPS, length)
-    name = torch.cuda.get_device_name() if peak else f"{threads} CPU threads"
-    parameters = model.pipe.transformer.num_parameters() / 1e6
-    found = {"device": name, "parameters, million": parameters, "rows": []}
-    if peak:
-        found["matmul_tflops"] = peak / 1e12
-    sizes = SIZES.get(config, {64: (2,)})
-    found["sampling"] = {pixels: sampling_seconds(model, pixels) for pixels in sizes}
-    cases = [(p, b, flags) for p, batches in sizes.items() for b in batches for flags in RECOMPUTE]
-    if config == "dev":  # compiled last: blocks stay compiled
-        cases += [(512, 8, flags) for flags in VARIANTS]
-    for pixels, batch, flags in cases:
-        found["rows"].append(timed_step(model, pixels, batch, flags, repeats, peak))
-    return found
+def flops_of_a_step(run: SimpleNamespace) -> int:
+    """FLOPs of a training step's network calls; recomputed blocks count again."""
+    row = {name: value[:1] for name, value in input_of_network(run).items()}
+    eager = torch.compiler.set_stance("force_eager")  # compiled kernels are not counted
+    with eager, FlopCounterMode(display=False) as counter:
+        calls_of_a_step(run.lora, row)
+    return counter.get_total_flops() * run.settings.batch
 
 
-def tasks(flows, seeds) -> dict[str, list[common.Task]]:
-    on_gpu = torch.cuda.device_count() > 0
-    settings = {"config": "dev" if on_gpu else "medium", "threads": os.cpu_count()}
-    small = {"config": "small", "threads": 1}
-    parts = {"machine": [common.Task(measure, settings)], "small": [common.Task(measure, small)]}
-    return parts
+def measure(
+    config: dict, pixels: int, batch: int, steps: int, peak: float | None, *flags: str
+) -> dict:
+    """A short run of this size, timed: a row of the table, by column.
+
+    peak: FLOP/s of a large matrix product, on CUDA.
+    """
+    row = {"pixels": pixels, "batch": batch, "flags": " ".join(flags)}
+    try:
+        with random_run(config, pixels, batch, *flags) as run:
+            if peak:
+                torch.cuda.reset_peak_memory_stats()
+            seconds = timed_steps(run, steps)
+            if peak:
+                row["gib"] = run.cache.machine.peak_memory()
+            row["step"], row["calls"] = map(statistics.median, zip(*seconds))
+            row["ratio"] = statistics.median(step / calls for step, calls in seconds)
+            rate = flops_of_a_step(run) / row["step"]
+            row["tflops"] = rate / 1e12
+            if peak:
+                row["fraction"] = rate / peak
+    except torch.OutOfMemoryError:
+        row["note"] = "out of memory"
+    return row
 
 
-# ------------------------------------------------------------------------------------------- tables
-
-HEAD = ["pixels", "batch", "flags", "step, s", "its calls, s", "ratio", "TFLOP/s", "GiB"]
-
-
-def line_of(row: dict) -> list[str]:
+def line_of(row: dict) -> str:
+    """A row as a line of the Markdown table."""
     cells = [row["pixels"], row["batch"], row["flags"]]
     if "note" in row:
-        return [*cells, row["note"], *[""] * 4]
-    fraction = f" ({row['fraction']:.0%})" if "fraction" in row else ""
-    cells += [f"{row['step']:.3f}", f"{row['calls']:.3f}", f"{row['step'] / row['calls']:.3f}"]
-    return [*cells, f"{row['tflops']:.3g}{fraction}", f"{row['gib']:.1f}" if "gib" in row else ""]
+        cells += [row["note"], "", "", "", ""]
+    else:
+        cells += [f"{row[name]:.3f}" for name in ("step", "calls", "ratio")]
+        fraction = f" ({row['fraction']:.0%})" if "fraction" in row else ""
+        cells.append(f"{row['tflops']:.3g}{fraction}")
+        cells.append(f"{row['gib']:.1f}" if "gib" in row else "")
+    return f"| {' | '.join(map(str, cells))} |"
 
 
-def tables(rows: list[common.Row]) -> list[str]:
-    lines = []
-    for row in rows:
-        found = row.found
-        lines += [f"{found['device']}, {found['parameters, million']:.0f} million parameters"]
-        if "matmul_tflops" in found:
-            lines += [f"bfloat16 matrix product: {found['matmul_tflops']:.0f} TFLOP/s"]
-        for pixels, seconds in found["sampling"].items():
-            lines += [f"{pixels} px, 3 steps, the latents of one image: {seconds:.2f} s"]
-        lines += common.table(HEAD, [line_of(one) for one in found["rows"]])
-    return lines
+def sampling(config: dict, pixels: int, steps: int = 3, repeats: int = 5) -> float:
+    """Seconds in which the stock pipeline makes the latents of one image with the LoRA."""
+    with random_run(config, pixels, 1) as run:
+        cond, noise = run.cache.held_out([0], "speed")
+        run.lora.use(run.lora.initial_weights())
+
+        def sample():
+            fd.stock_sample(run.cache.model, noise[:1], steps, cond, run.settings.shift, batch=1)
+
+        sample()  # warms up
+        return statistics.median(seconds_of(sample, run.cache.machine) for _ in range(repeats))
+
+
+def matmul_peak(size: int = 8192, repeats: int = 20) -> float:
+    """FLOP/s of a large matrix product in bfloat16 on CUDA."""
+    machine = fd.Machine()
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    times = [seconds_of(lambda: a @ b, machine) for _ in range(repeats)]
+    return 2 * size**3 / statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split(": ")[0])
+    parser.add_argument("--iterations", type=int, default=8, help="steps of each case, 3 or more")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a CPU")
+    parser.add_argument("--config", choices=CONFIGS, help="default: dev on CUDA, else medium")
+    parts = ("steps", "variants", "sampling")
+    parser.add_argument("--parts", nargs="+", choices=parts, help="default: all on CUDA, else no"
+                        " variants: there compiling takes minutes")  # fmt: skip
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    machine = fd.Machine()
+    on_gpu, sizes = machine.device == "cuda", SIZES[machine.device]
+    parts = args.parts or (parts if on_gpu else ("steps", "sampling"))
+    peak = matmul_peak() if on_gpu else None
+    config = CONFIGS[args.config or ("dev" if on_gpu else "medium")]
+    with torch.device("meta"):
+        size = FluxTransformer2DModel(**config).num_parameters() / 1e6
+    name = torch.cuda.get_device_name() if on_gpu else f"{args.threads} CPU threads"
+    print(f"{name}, PyTorch {torch.__version__}, {size:.0f} million parameters")
+    if on_gpu:
+        print(f"bfloat16 matrix product: {peak / 1e12:.0f} TFLOP/s")
+    if "sampling" in parts:
+        for pixels in sizes:
+            seconds = sampling(config, pixels)
+            print(f"{pixels} px, 3 steps, the latents of one image: {seconds:.2f} s", flush=True)
+
+    cases = []
+    if "steps" in parts:
+        for pixels, batches in sizes.items():
+            cases += itertools.product([pixels], batches, RECOMPUTE)
+    if "variants" in parts:
+        for flags in (("--recompute-every", "2"), ("--recompute-every", "4"), ("--compile",)):
+            cases.append((*BEST[machine.device], flags))
+    if cases:
+        print(f"| {' | '.join(HEADS)} |")
+        print("|---" * len(HEADS) + "|")
+    for pixels, batch, flags in cases:
+        row = measure(config, pixels, batch, args.iterations, peak, *flags)
+        print(line_of(row), flush=True)
 
 
 if __name__ == "__main__":
-    common.main(__file__, __doc__, tasks, tables, jobs=1, usual=["machine"])
+    main()
