@@ -2251,8 +2251,8 @@ def forecast(
     compare = call * (settings.teacher_steps + 3 * every_n) * validation.rows
     left = range(iteration + 1, settings.iterations + 1)
     due = [i for i in left if i % settings.validate_every == 0 or i == settings.iterations]
-    # The first lam* also follows the teacher's path, 17 calls a step.
-    training = len(left) * seconds + len(due) * validate + call * 17 * every_n
+    # The first lam* also follows the teacher's path, 16 calls a step.
+    training = len(left) * seconds + len(due) * validate + call * 16 * every_n
     end = datetime.now() + timedelta(seconds=training)
     words = (f"{seconds:.3g} s an iteration; training takes {duration(training)} more, until"
              f" {end:%a %H:%M}, with {len(due)} validations of {duration(validate)}; calibration"
@@ -2268,8 +2268,7 @@ def forecast(
 
 
 def check_disk(run: Run, state: TrainState) -> None:
-    """A checkpoint has its sets of weights and two moments in float32, the old one stays until
-    the new one is whole."""
+    """Ends if checkpoints don't fit: float32 vectors, and the old file stays until the new is whole."""
     vectors = len(state.weights) + len(MOMENTS)
     files = 1 if run.state.exists() else 2
     need = 4e-9 * state.student.numel() * (vectors + 1) * files

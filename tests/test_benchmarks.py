@@ -89,7 +89,12 @@ def test_a_longer_benchmark_prints_its_tables(name, flags, words, tmp_path):
 
 
 def test_every_benchmark_runs():
-    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"common", "common_flux", "gpu", "speed"}
+    scripts = {path.stem for path in FOLDER.glob("*.py")} - {
+        "common",
+        "common_flux",
+        "gpu",
+        "speed",
+    }
     assert scripts == {name for name, *_ in RUNS + SLOW_RUNS}
 
 

@@ -691,7 +691,7 @@ def test_formula_b_is_the_fixed_point_far_from_the_ends(rho, dual):
     else:
         right[rows] += rho / 2 * teacher[rows - 1]
     v = torch.linalg.solve_triangular(matrix, right[:, None], upper=False)[:, 0]
-    lookahead = sc.paper_lookahead(config, both_from_slow=not dual)
+    lookahead = sc.paper_lookahead(config, is_vanilla=not dual)
     assert_close((teacher - v)[-1].item(), lookahead, rtol=1e-3, atol=0)
 
 
@@ -928,7 +928,7 @@ def test_windows_of_another_kind_are_refused(function, kind):
     if WINDOWS_OF[function] == kind:
         assert len(call()) == 2
         return
-    with pytest.raises(ValueError, match=f"'{kind}' must be of kind '{WINDOWS_OF[function]}'"):
+    with pytest.raises(ValueError, match=f"'{kind}', must be '{WINDOWS_OF[function]}'"):
         call()
 
 
