@@ -2268,7 +2268,7 @@ def forecast(
 
 
 def check_disk(run: Run, state: TrainState) -> None:
-    """Ends if checkpoints don't fit: float32 vectors, and the old file stays until the new is whole."""
+    """Ends if checkpoints don't fit on the disk; the old one stays until the new one is whole."""
     vectors = len(state.weights) + len(MOMENTS)
     files = 1 if run.state.exists() else 2
     need = 4e-9 * state.student.numel() * (vectors + 1) * files

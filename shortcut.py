@@ -306,7 +306,7 @@ def paper_lookahead(config: ShortcutConfig, is_vanilla: bool = False) -> float:
     """Look-ahead L that the paper's windows teach, at shift 1 and far from both ends of the path.
 
     It suits a sampler of N = 1 / (2 L) steps, which is two at the default settings. With d the
-    stride of a self row over n, the mean of (A) over all rows gives for `dual`, where all w are 1/2,
+    stride of a self row over n and all w = 1/2, the mean of (A) over all rows gives for `dual`
         L = 1 / n + (1 - rho) / rho E[d]                                                         (B)
     and half of that for `vanilla`, whose teacher rows call the teacher twice.
     """

@@ -265,6 +265,11 @@ def test_processes_that_share_U_have_as_many_teacher_rows(U, k):
         assert draw("distil", 2, sc.ShortcutConfig(teacher_ratio=0.9), seed, U=U).teacher_rows == k
 
 
+def test_rounding_of_U_makes_no_row_too_many():
+    config = sc.ShortcutConfig(teacher_ratio=1.0)
+    assert draw("distil", 512, config, U=1 - 1e-16).teacher_rows == 512
+
+
 @pytest.mark.parametrize("ratio, k", [(0.0, 0), (1.0, 7)])
 def test_a_batch_may_be_all_teacher_rows_or_none(ratio, k):
     config = sc.ShortcutConfig(teacher_ratio=ratio)
