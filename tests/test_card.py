@@ -306,13 +306,18 @@ def place(tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("form", ["relative", "absolute", "dots"])
+@pytest.mark.parametrize("form", ["relative", "absolute", "dots", "dot"])
 def test_no_path_of_the_machine_is_written(place, monkeypatch, form):
     """Of a folder the last part alone, as a string of Python; the snippet runs next to it."""
     model = place / """my "Flux": é"""
     out = place / "it's out"
-    forms = {"relative": f"../{model.name}", "absolute": model, "dots": f"../other/../{model.name}"}
-    monkeypatch.chdir(place / "other")
+    forms = {
+        "relative": f"../{model.name}",
+        "absolute": model,
+        "dots": f"../other/../{model.name}",
+        "dot": ".",
+    }
+    monkeypatch.chdir(model if form == "dot" else place / "other")
     fd.main([*SMALL.split(), "--model", str(forms[form]), "--out", f"../{out.name}"])
     files = content(out)
     assert not [name for name, data in files.items() if b"secret place" in data]

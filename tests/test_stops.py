@@ -14,15 +14,22 @@ from tiny_runs import content, copied, fd, run, same_run, says
 STOPPED = "stopped; what is in --out .* is kept, and the same command resumes"
 
 
-def handlers() -> list:
-    return [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-
-
 @pytest.fixture(autouse=True)
-def same_handlers_afterwards():
-    before = handlers()
+def restored_handlers(done):
+    """Handlers of our own, which are there again afterwards, and which no stop has reached."""
+    reached = []
+
+    def ours(kind, frame):
+        reached.append(kind)
+
+    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(kind, ours) for kind in kinds]
     yield
-    assert handlers() == before
+    after = [signal.getsignal(kind) for kind in kinds]
+    for kind, handler in zip(kinds, before):
+        signal.signal(kind, handler)
+    assert after == [ours] * 3
+    assert reached == []
 
 
 # ---------------------------------------------------------------------------------- during training
