@@ -473,8 +473,11 @@ class Machine:
         try:
             yield
         except RuntimeError as error:
-            die(f"process {self.process} lost another one ({type(error).__name__}); the same"
-                " command resumes from the last checkpoint")  # fmt: skip
+            # Said at once: torchrun is about to end this process, too.
+            print(f"flux_distill.py: process {self.process} lost another one"
+                  f" ({type(error).__name__}); the same command resumes from the last checkpoint",
+                  file=sys.stderr, flush=True)  # fmt: skip
+            raise SystemExit(1) from None
 
     def progress(self, items, text: str, **options):
         """A progress bar over the items, shown by one process."""
