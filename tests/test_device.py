@@ -212,7 +212,7 @@ def test_after_the_third_iteration_the_cost_is_told(tmp_path, capsys):
     run(tmp_path / "out", "--validate-every", 4)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("iteration 3")]
     assert len(said) == 1
-    for words in ("s an iteration; training takes", "until", "1 validations of", "calibration then",
+    for words in ("s per iteration; training takes", "until", "1 validation of", "calibration then",
                   "comparison"):  # fmt: skip
         assert words in said[0]
 
@@ -349,9 +349,8 @@ def test_the_memory_of_a_cpu_is_that_of_the_machine(monkeypatch):
 def test_the_memory_of_a_gpu_is_that_of_this_process_s_card(monkeypatch):
     machine = fd.Machine()
     machine.device = "cuda"
-    machine.card = 1
-    cards = [SimpleNamespace(total_memory=size) for size in (10, 20)]
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: cards[index])
+    cards = {"cuda": SimpleNamespace(total_memory=20)}  # without an index: the current device
+    monkeypatch.setattr(torch.cuda, "get_device_properties", cards.get)
     assert machine.memory() == 20
 
 

@@ -29,7 +29,7 @@ def test_a_model_that_is_nowhere(tmp_path):
 def test_a_folder_that_is_no_model(tmp_path):
     folder = tmp_path / "empty"
     folder.mkdir()
-    says("not a whole diffusers pipeline", "--model", folder, "--out", tmp_path / "out")
+    says("not a complete diffusers pipeline", "--model", folder, "--out", tmp_path / "out")
 
 
 def test_a_gated_model(tmp_path, monkeypatch):
