@@ -101,45 +101,7 @@ def test_any_file_of_tensors_shows_that_the_others_are_from_a_run(done, tmp_path
         fd.refuse_others(out)
 
 
-<<<<<<< HEAD
 # --------------------------------------------------------------------------------------- full disks
-=======
-@pytest.mark.parametrize("text", ["mine", "[1]", '{"accuracy": 1}'])
-def test_toy_leaves_results_of_others_alone(tmp_path, capsys, text):
-    (tmp_path / "results.json").write_text(text)
-    with pytest.raises(SystemExit):
-        toy(tmp_path)
-    assert "results.json was not written by this program" in capsys.readouterr().err
-    assert content(tmp_path) == {"results.json": text.encode()}
-
-
-@pytest.mark.parametrize("name", ["samples.png", "quality.png", "flow.gif"])
-def test_toy_leaves_figures_of_others_alone(tmp_path, capsys, name):
-    Image.new("RGB", (8, 8)).save(tmp_path / name)
-    before = content(tmp_path)
-    with pytest.raises(SystemExit):
-        toy(tmp_path)
-    assert (
-        f"{name} was not written by this program and would be replaced" in capsys.readouterr().err
-    )
-    assert content(tmp_path) == before
-
-
-def test_toy_knows_its_figures_without_its_results(tmp_path):
-    """As in assets/."""
-    toy(tmp_path)
-    (tmp_path / "results.json").unlink()
-    toy(tmp_path)
-
-
-def test_toy_replaces_its_own(tmp_path):
-    toy(tmp_path)
-    toy(tmp_path, "--seed", 1)
-    assert json.loads((tmp_path / "results.json").read_text())["settings"]["seed"] == 1
-
-
-# -------------------------------------------------------------------------------------- full disks
->>>>>>> toy2
 
 
 @pytest.mark.parametrize(

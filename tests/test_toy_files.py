@@ -36,7 +36,7 @@ def test_toy_leaves_results_of_others_alone(tmp_path, capsys, text):
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(SystemExit):
         toy(tmp_path)
-    assert "results.json is not from this program" in capsys.readouterr().err
+    assert "results.json was not written by this program" in capsys.readouterr().err
     assert content(tmp_path) == {"results.json": text.encode()}
 
 
@@ -46,7 +46,9 @@ def test_toy_leaves_figures_of_others_alone(tmp_path, capsys, name):
     before = content(tmp_path)
     with pytest.raises(SystemExit):
         toy(tmp_path)
-    assert f"{name} is not from this program and would be replaced" in capsys.readouterr().err
+    assert (
+        f"{name} was not written by this program and would be replaced" in capsys.readouterr().err
+    )
     assert content(tmp_path) == before
 
 

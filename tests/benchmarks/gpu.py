@@ -185,7 +185,7 @@ def distilled(out: str, *flags: str) -> dict:
     row = {"seconds": time.perf_counter() - began}
     if done.returncode:
         return row | {"error": (done.stdout + done.stderr)[-1500:]}
-    told = [line for line in done.stdout.splitlines() if "an iteration; training takes" in line]
+    told = [line for line in done.stdout.splitlines() if "per iteration; training takes" in line]
     row["told"] = told
     results = json.loads((Path(out) / "results.json").read_text())
     for name in ("phases", "table", "self_check", "seed_to_seed"):
