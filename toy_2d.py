@@ -41,7 +41,9 @@ class Settings:
     student_steps: int = flag(3, "steps that the matched student is trained for", (1, 32))
     shift: float = flag(1.0, "time shift s of training and sampling (Flux: 3)", (1e-3, 1e3))
     fusion: bool = flag(
-        False, "train few-step networks from scratch (2x --iterations); plain flow matching: 4x"
+        False,
+        "train few-step networks from scratch (2x --iterations) and compare with plain flow "
+        "matching (4x)",
     )
     few_shot: int = flag(0, "number of data points to distil on; 0: no limit", (0, 10**7))
     iterations: int = flag(
