@@ -41,7 +41,9 @@ class Settings:
     student_steps: int = flag(3, "steps that the matched student is trained for", (1, 32))
     shift: float = flag(1.0, "time shift s of training and sampling (Flux: 3)", (1e-3, 1e3))
     fusion: bool = flag(
-        False, "train few-step networks from scratch (2x --iterations); plain flow matching: 4x"
+        False,
+        "train few-step networks from scratch (2x --iterations) and compare with plain flow "
+        "matching (4x)",
     )
     few_shot: int = flag(0, "number of data points to distil on; 0: no limit", (0, 10**7))
     iterations: int = flag(
@@ -132,7 +134,7 @@ COLORS = {
 }
 Data = Callable[[int, torch.Generator], Tensor]  # (count, generator) -> points (count, 2)
 Rows = dict[str, dict[int, Any]]  # a table: {row name: {column: cell}}
-Trajectories = list[tuple[str, Tensor]]  # name of a sampler, its states (steps + 1, n, 2)
+Panels = list[tuple[str, Tensor]]  # name of a sampler, its states (steps + 1, n, 2)
 
 # -------------------------------------------------------------------------------------------- main
 
@@ -218,11 +220,11 @@ def run(settings: Settings) -> None:
     plot_progress(errors, lams, energy, probe.floor, out / "progress.png")
     plot_quality(energy, N, probe.floor, out / "quality.png")
     noise = probe.noise[:1500]
-    paths = [(name, trajectory(net, noise, N, shift)) for name, net in nets.items()]
-    paths.append((base_name, trajectory(base, noise, FINE_STEPS, shift)))
-    plot_paths(paths, probe.data, out / "paths.png")
+    panels = [(name, trajectory(net, noise, N, shift)) for name, net in nets.items()]
+    panels.append((base_name, trajectory(base, noise, FINE_STEPS, shift)))
+    plot_paths(panels, probe.data, out / "paths.png")
     if settings.animate:
-        animate(paths, probe.data, out / "flow.gif")
+        animate(panels, probe.data, out / "flow.gif")
     print(f"{time.perf_counter() - started:.1f} s; figures and results.json in {out}/")
 
 
@@ -648,12 +650,12 @@ def trajectory(net: nn.Module, x: Tensor, steps: int, shift: float) -> Tensor:
     return torch.stack(states)
 
 
-def draw_panels(paths: Trajectories, data: Tensor, height: float) -> tuple[Figure, list]:
+def draw_panels(panels: Panels, data: Tensor, height: float) -> tuple[Figure, list]:
     """A square for each sampler, with the data faint in it."""
-    figure = Figure((3.6 * len(paths), height), layout="constrained")
-    axes = figure.subplots(1, len(paths))
+    figure = Figure((3.6 * len(panels), height), layout="constrained")
+    axes = figure.subplots(1, len(panels))
     limit = max(1.15 * data.abs().max().item(), 3)
-    for axis, (name, states) in zip(axes, paths):
+    for axis, (name, states) in zip(axes, panels):
         axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect=1)
         title = f"{name}, {in_steps(len(states) - 1)}"
         axis.set_title(title, fontsize=12, color=COLORS[name], fontweight="bold")
@@ -661,10 +663,10 @@ def draw_panels(paths: Trajectories, data: Tensor, height: float) -> tuple[Figur
     return figure, axes
 
 
-def plot_paths(paths: Trajectories, data: Tensor, path: Path) -> None:
+def plot_paths(panels: Panels, data: Tensor, path: Path) -> None:
     """Trajectories of some samples from noise to data."""
-    figure, axes = draw_panels(paths, data, 4.4)
-    for axis, (name, states) in zip(axes, paths):
+    figure, axes = draw_panels(panels, data, 4.4)
+    for axis, (name, states) in zip(axes, panels):
         lines = states[:, :160]
         curves = LineCollection(lines.transpose(0, 1), colors=COLORS[name], lw=0.7, alpha=0.6)
         axis.add_collection(curves)
@@ -677,18 +679,18 @@ def plot_paths(paths: Trajectories, data: Tensor, path: Path) -> None:
     save(figure, path)
 
 
-def animate(paths: Trajectories, data: Tensor, path: Path) -> None:
+def animate(panels: Panels, data: Tensor, path: Path) -> None:
     """A GIF of noise flowing to data along each sampler's own path, straight between its steps."""
-    figure, axes = draw_panels(paths, data, 4.1)
+    figure, axes = draw_panels(panels, data, 4.1)
     dots = [
         axis.scatter(*states[0].T, s=4, color=COLORS[name], lw=0)
-        for axis, (name, states) in zip(axes, paths)
+        for axis, (name, states) in zip(axes, panels)
     ]
     frames = 48
     writer = PillowWriter(fps=16)
     with whole(path) as part, writer.saving(figure, part, dpi=60):
         for frame in [0] * 8 + list(range(frames + 1)) + [frames] * 16:
-            for dot, (_, states) in zip(dots, paths):
+            for dot, (_, states) in zip(dots, panels):
                 place = frame / frames * (len(states) - 1)
                 i = min(int(place), len(states) - 2)
                 dot.set_offsets(torch.lerp(states[i], states[i + 1], place - i))

@@ -401,13 +401,12 @@ def test_what_is_printed_is_measured_in_one_unit(tmp_path, capsys):
         assert f"8 steps: {energy:.1f}" in titles
     for name in DISTILLED[1:3]:
         assert results["errors"]["8"][name]["6"] == results["energy"][name]["8"]
-        assert list(results["errors"]["8"][name]) == ["2", "3", "4", "5", "6"]
     scale = results["scales"]["8"]
     x = toy_2d.sample(toy_2d.scaled(teacher, matched, scale), noise, 8, 2.0)
     assert_close(results["energy"]["matched, scaled"]["8"], 1e4 * toy_2d.energy_distance(x, data))
     assert f"{scale:9.2f}" in printed.splitlines()[-2]
-    labels = [axis.get_ylabel() for name in ("progress.png", "quality.png")
-              for axis in figures[name].axes]  # fmt: skip
+    axes = [*figures["progress.png"].axes, *figures["quality.png"].axes]
+    labels = [axis.get_ylabel() for axis in axes]
     assert sum("energy distance" in label and "x 1e-4" in label for label in labels) == 2
     assert "x 1e-4" in printed and "x 1e-4" in figures["samples.png"].get_suptitle()
 
@@ -488,6 +487,14 @@ def test_a_stop_between_figures_leaves_a_folder_that_can_be_used_again(tmp_path,
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_progress_is_measured_after_iterations_in_equal_ratios(tmp_path):
+    toy_2d.main(["--iterations", "64", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "results.json").read_text())
+    for values in results["errors"]["8"].values():
+        assert [int(i) for i in values] == [2, 3, 4, 6, 8, 11, 16, 23, 32]
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_same_seed_same_table(tmp_path, capsys):
     tables = []
     for i, seed in enumerate(("0", "0", "1")):
@@ -560,6 +567,14 @@ def test_a_colour_means_one_sampler_in_all_figures(figures):
     assert to_hex(band.get_facecolor()) == data
     for axis in figures["paths.png"].axes:
         assert to_hex(axis.collections[0].get_facecolor()[0]) == data
+
+
+def test_each_panel_of_paths_tells_its_sampler_and_steps(figures):
+    base = "teacher" if "flow.gif" in figures else "flow matching"
+    expected = [f"{base}, 3 steps", "SCFM as published, 3 steps", "matched, 3 steps"]
+    expected.append(f"{base}, 64 steps")
+    for name in figures.keys() & {"paths.png", "flow.gif"}:
+        assert [axis.get_title() for axis in figures[name].axes] == expected
 
 
 def test_legends_and_titles_cover_no_panel_and_stay_inside(figures):

@@ -78,7 +78,7 @@ def tasks(flows, seeds) -> dict[str, list[common.Task]]:
         {"flow": flow, "seed": seed, "recipe": recipe}
         for seed in seeds
         for flow in flows
-        for recipe in recipes(0.0)
+        for recipe in recipes()
     ]
     on_flux = [{"seed": seed, "recipe": recipe} for seed in seeds[:3] for recipe in FLUX_RECIPES]
     return {
