@@ -1210,12 +1210,9 @@ class Cache:
     def is_whole(self, kind: str, i: int) -> bool:
         return read_metadata(self.path(kind, i)).get("key") == self.keys[kind][i]
 
-    def is_complete(self) -> bool:
-        """Whether all files are there."""
-        for kind, keys in self.keys.items():
-            if not all(self.path(kind, i).exists() for i in range(len(keys))):
-                return False
-        return True
+    def is_complete(self, kind: str) -> bool:
+        """Whether all files of this kind are there."""
+        return all(self.path(kind, i).exists() for i in range(len(self.keys[kind])))
 
     def write(self, kind: str, i: int, tensors: dict[str, Tensor]) -> None:
         write_tensors(self.path(kind, i), tensors, {"key": self.keys[kind][i]})
@@ -1295,14 +1292,15 @@ def fill_cache(settings: Settings, cache: Cache) -> None:
                     cache.write(kind, i, tensors)
             made += missing
         machine.wait()
+        if not cache.is_complete(kind):  # others made the rest; latents are made from the texts
+            die(f"--out {settings.out} is not one folder for all machines: put it on a disk they"
+                " share")  # fmt: skip
         return made
 
     texts = [data.texts[i] for i in fill("text", encode_texts)]
     if texts:
         name_cut_texts(settings, model, texts)
     fill("latent", encode_images if settings.images else sample_teacher)
-    if not cache.is_complete():  # others made the rest
-        die(f"--out {settings.out} is not one folder for all machines: put it on a disk they share")
 
 
 def text_length(settings: Settings, model: Model) -> int:

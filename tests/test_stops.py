@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -108,6 +109,36 @@ def test_a_stop_outside_of_training_is_one_sentence(
     monkeypatch.setattr(owner, function, stopping)
     says(STOPPED, "--out", out)
     assert content(out) == before
+
+
+# ------------------------------------------------------------------------------------ other threads
+
+
+def test_a_run_in_a_thread_leaves_signals_alone(done, tmp_path):
+    """Python sets handlers in the main thread alone, where they stay as they are."""
+    out = tmp_path / "out"
+    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(kind) for kind in kinds]
+    during = []
+    failures = []
+
+    def note():
+        during.append([signal.getsignal(kind) for kind in kinds])
+
+    def work():
+        try:
+            with before_network_calls(note):
+                run(out)
+        except BaseException as error:  # which the thread would keep to itself
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert failures == []
+    assert during
+    assert all(handlers == before for handlers in during)
+    assert same_run(out, done)
 
 
 # ---------------------------------------------------------------------------------- what is ignored

@@ -43,6 +43,14 @@ def test_a_student_that_is_far_off_is_diverged_unless_a_scale_mends_it(rmse, lam
     assert said_of(rmse=rmse, lam_3=lam).startswith(f"ALARM, {said}")
 
 
+@pytest.mark.parametrize(
+    ("rmse", "lam", "said"), [(0.0, 0.5, "inert"), (0.1, 0.5, "overshot"), (0.1, 0.01, "diverged")]
+)
+def test_a_teacher_at_no_distance_from_itself_still_gets_a_verdict(rmse, lam, said):
+    """Its ratio to the student's distance would be a division by zero."""
+    assert said_of(rmse=rmse, lam_3=lam, teacher_rmse=0.0).startswith(f"ALARM, {said}")
+
+
 @pytest.mark.parametrize("rate", [10, 1])
 def test_training_that_diverges_ends_at_the_first_validation_and_says_so_again(tmp_path, rate):
     """At once, when the command is repeated, and with nothing saved as a result."""
