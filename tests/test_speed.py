@@ -1,9 +1,8 @@
 """The benchmarks of speed and of a GPU still run, and their times are of what they say."""
 
 # ruff: noqa: E402
-import json
+import inspect
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 FOLDER = Path(__file__).parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
+import common
 import gpu
 import speed
 from speed import SMALL, fd
@@ -76,36 +76,105 @@ def test_what_a_step_does_besides_its_calls_counts_in_the_step_alone():
     assert 0 < calls < pause < step
 
 
+def row_of(found: dict, flags: str = "--recompute-every 0") -> common.Row:
+    settings = {"config": "small", "pixels": 64, "batch": 2, "flags": flags, "threads": 1}
+    return common.Row("steps", settings, 1.0, found, 1.0, common.origin())
+
+
 def test_a_size_that_does_not_fit_is_a_row_of_its_own(monkeypatch):
     def full(run, steps):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(speed, "timed_steps", full)
-    row = speed.measure(SMALL, 64, 2, 3, None, "--recompute-every", "0")
-    line = speed.line_of(row)
-    assert line == "| 64 | 2 | --recompute-every 0 | out of memory |  |  |  |  |"
-    assert line.count("|") == len(speed.HEADS) + 1
+    found = speed.measure_steps("small", 64, 2, "--recompute-every 0", threads=1, length=1.0)
+    assert found == {"note": "out of memory"}
+    line = "| 64 | 2 | --recompute-every 0 | out of memory |  |  |  |  |"
+    assert line in speed.tables([row_of(found)])
+    assert line.count("|") == len(speed.HEAD) + 1
 
 
 def test_a_row_without_a_gpu_has_neither_memory_nor_a_fraction():
-    row = speed.measure(SMALL, 64, 2, 3, None)
-    assert row.keys() == {"pixels", "batch", "flags", "step", "calls", "ratio", "tflops"}
-    assert row["ratio"] == pytest.approx(row["step"] / row["calls"])
-    cells = speed.line_of(row).split(" | ")
-    assert len(cells) == len(speed.HEADS)
+    found = speed.measure_steps("small", 64, 2, "", threads=1, length=0.01)
+    assert found.keys() == {"step", "calls", "ratio", "tflops"}
+    assert found["ratio"] == pytest.approx(found["step"] / found["calls"])  # of one step
+    cells = speed.cells_of(row_of(found), None)
+    assert len(cells) == len(speed.HEAD)
+    assert "%" not in cells[-2] and cells[-1] == ""
 
 
-# ---------------------------------------------------------------------------------------- gpu.py
+@pytest.mark.parametrize(
+    "length, count, timed", [(1.0, 8, 6), (0.5, 8, 2), (1.0, 4, 2), (0.01, 8, 1)]
+)
+def test_length_scales_the_steps_of_which_one_is_timed_at_least(length, count, timed, monkeypatch):
+    seen = []
+    timed_steps = speed.timed_steps
+
+    def spied(run, steps):
+        seconds = timed_steps(run, steps)
+        seen.append(len(seconds))
+        return seconds
+
+    monkeypatch.setattr(speed, "timed_steps", spied)
+    speed.measure_steps("small", 64, 1, "", threads=1, length=length, count=count)
+    assert seen == [timed]
+
+
+def test_the_rate_is_that_of_counted_flops_and_a_fraction_of_the_matrix_product():
+    found = {"step": 2.0, "calls": 1.6, "ratio": 1.25, "tflops": 100.0, "gib": 34.12}
+    rows = [row_of({"sampling": 0.25}), row_of(found), row_of({"matmul_tflops": 400.0})]
+    lines = speed.tables_of_steps(rows)
+    assert "64 px, 3 steps, the latents of one image: 0.25 s" in lines
+    assert "bfloat16 matrix product: 400 TFLOP/s" in lines
+    assert "| 64 | 2 | --recompute-every 0 | 2.000 | 1.600 | 1.250 | 100 (25%) | 34.1 |" in lines
+    with speed.random_run(SMALL, 64, 2) as run:
+        flops = speed.flops_of_a_step(run)
+    found = speed.measure_steps("small", 64, 2, "", threads=1, length=0.01)
+    assert found["tflops"] * 1e12 == pytest.approx(flops / found["step"])
+
+
+def test_settings_of_the_tasks_are_those_that_are_measured():
+    """Of every task: its function takes them, its flags are flags, its config is one."""
+    for script in (speed, gpu):
+        for part in script.tasks((), range(1)).values():
+            assert part
+            for task in part:
+                inspect.signature(task.measure).bind(length=1.0, **task.settings)
+                assert common.as_kept(task.settings) == task.settings
+                assert task.settings.get("config", "small") in speed.CONFIGS
+
+
+def test_a_gpu_has_all_parts_at_full_size(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    parts = speed.tasks((), range(1))
+    assert [*parts] == [*speed.usual(), "small"]
+    assert parts["matmul"]
+    configs = [
+        t.settings["config"] for name in ("sampling", "steps", "variants") for t in parts[name]
+    ]
+    assert set(configs) == {"dev"}
+    parts = gpu.tasks()
+    assert [task.settings["kernel"] for task in parts["gradients"]] == [*gpu.KERNELS]
+    sizes = [
+        (t.settings["pixels"], t.settings["batch"]) for t in parts["steps"] if "flags" in t.settings
+    ]
+    assert (1024, 4) in sizes and len(sizes) == 9
+    counts = {t.settings["count"] for t in parts["steps"] if "flags" in t.settings}
+    assert counts == {gpu.COUNT}
+
+
+# ------------------------------------------------------------------------------------------ gpu.py
 
 
 def test_the_tables_of_the_stored_results_are_made():
-    """Also of parts that were stopped, and of kernels that failed."""
-    results = json.loads((FOLDER / "results/gpu_h100.json").read_text())
-    told = gpu.markdown(results)
+    """Also of parts that were stopped, of kernels that failed, and of what was noted by hand."""
+    told = gpu.tables(common.load(common.RESULTS / "gpu.json"))
+    assert told[0].startswith(
+        "NVIDIA H100 80GB HBM3: torch 2.11.0, diffusers 0.42.1, transformers 5.17.0. An earlier"
+    )
     for line in (
-        "device NVIDIA H100 80GB HBM3, torch 2.11.0, diffusers 0.42.1, transformers 5.17.0",
         "| efficient | 0.02 | 0.0066 | 0.006 | 0.0063 |",
         "| cuDNN | No available kernel. Aborting execution. |  |  |  |",
+        "dev: 11901 million parameters",
         "bfloat16 matrix product: 771 TFLOP/s",
         "512 px, 3 steps, the latents of one image: 0.25 s",
         "| full size | 0.0055 | 0.096 | 0.098 | 0.0042 |",
@@ -114,38 +183,89 @@ def test_the_tables_of_the_stored_results_are_made():
         "| train | 28 | 0.1 |",
         "| the whole process | 57 |  |",
         "3 steps: teacher 0.351, student 0.200",
+        "full: stopped after 190 s",
+        "| cuDNN's attention switched on, FLUX.1-dev's configuration, gradient | nan |",
+        "| cuDNN's attention switched on, tiny Flux, three tries, gradient | nan, 8.3e+04, nan |",
     ):
-        assert line in told.splitlines()
+        assert line in told
 
 
-# ------------------------------------------------------------------------------------ whole scripts
+def test_a_run_that_failed_is_told():
+    found = {"seconds": 12.3, "error": "out of GPU memory"}
+    told = gpu.tables([common.Row("full", {}, 1.0, found, 12.3, common.origin())])
+    assert "full: failed after 12 s: out of GPU memory" in told
 
 
-def printed_by(name: str, flags: str, folder: Path) -> str:
-    """What a script prints on a CPU."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, FOLDER / f"{name}.py", *shlex.split(flags)]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+def test_a_part_that_is_measured_again_replaces_its_rows_and_no_others(tmp_path, monkeypatch):
+    """At once, so that what was measured stays if the machine goes away."""
+    path = tmp_path / "gpu.json"
+    rows = [common.Row(part, {}, 1.0, {"stopped": "before"}, 1.0, {}) for part in ("full", "steps")]
+    common.save([common.replace(row, origin=common.origin()) for row in rows], path)
+
+    def goes_away(part, limit):
+        if part == "gradients":
+            raise KeyboardInterrupt
+        return [common.Row(part, {}, 1.0, {"stopped": "now"}, 1.0, common.origin())]
+
+    monkeypatch.setattr(gpu, "run_part", goes_away)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.try_parts(["full", "gradients", "steps"], path)
+    kept = [(row.part, row.found["stopped"]) for row in common.load(path)]
+    assert kept == [("steps", "before"), ("full", "now")]
 
 
-@pytest.mark.slow
-def test_speed_prints_its_table(tmp_path):
-    printed = printed_by("speed", "--config small --iterations 4 --threads 1", tmp_path)
-    assert "256 px, 3 steps, the latents of one image: " in printed
-    for every in ("1", "0"):
-        assert f"| 256 | 2 | --recompute-every {every} | " in printed
+def test_a_part_that_runs_out_of_time_leaves_the_rows_that_it_had(tmp_path, monkeypatch):
+    """And neither files nor processes."""
+    had = row_of({"sampling": 0.25})
+    common.save([had], tmp_path / "had.json")
+    python = tmp_path / "python"  # gpu.py --part PART --results FILE
+    python.write_text('#!/bin/sh\ncp $TMPDIR/../../had.json "$5"\ntail -f "$5" &\nwait\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(gpu.sys, "executable", str(python))
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(gpu.tempfile, "tempdir", str(temporary))
+    row, stopped = gpu.run_part("steps", 3)
+    assert row == had
+    assert stopped.found == {"stopped": "stopped after 3 s"}
+    assert not list(temporary.iterdir())
+    assert str(temporary) not in commands()
+
+
+def test_a_part_that_fails_says_so(tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 3\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(gpu.sys, "executable", str(python))
+    (row,) = gpu.run_part("steps", 30)
+    assert row.found == {"stopped": "ended with code 3"}
+    assert "steps: ended with code 3" in gpu.tables([row])
+
+
+def commands() -> str:
+    """Of all processes, a second from now."""
+    time.sleep(1)
+    return subprocess.run(["ps", "ax", "-o", "command"], capture_output=True, text=True).stdout
+
+
+# ----------------------------------------------------------------------------------- whole scripts
 
 
 @pytest.mark.slow
 def test_gpu_tries_each_part_on_a_small_configuration(tmp_path):
-    parts = ("gradients", "steps", "full", "demonstration")
-    printed = printed_by("gpu", f"--parts {' '.join(parts)} --out gpu.json", tmp_path)
-    results = json.loads((tmp_path / "gpu.json").read_text())
-    found = {part: set().union(*results[part]) for part in parts}
-    assert "CPU" in results["machine"]["device"]
-    assert found["gradients"] == {"kernel", *gpu.CHECKS}
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, FOLDER / "gpu.py", "--results", "gpu.json"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = common.load(tmp_path / "gpu.json")
+    found = {part: set() for part in gpu.LIMITS}
+    for row in rows:
+        found[row.part] |= row.found.keys()
+        assert row.origin["sources"].keys() >= {"flux_distill.py", "tests/benchmarks/speed.py"}
+        assert row.seconds > 0
+    assert found["gradients"] == {*gpu.CHECKS}
     assert found["steps"] >= {"sampling", "checks", "step", "calls", "ratio"}
     assert found["full"] >= {"made", "phases", "table", "self_check", "told"}
     assert found["demonstration"] >= {"phases", "table", "self_check", "told"}
@@ -153,17 +273,14 @@ def test_gpu_tries_each_part_on_a_small_configuration(tmp_path):
         assert not {"error", "stopped", "note"} & names
     for head in ("attention kernel, tiny Flux", "kernels in use", "pixels | batch", "full, phase",
                  "demonstration, phase"):  # fmt: skip
-        assert f"| {head} |" in printed
+        assert f"| {head} |" in done.stdout
 
 
 @pytest.mark.slow
 def test_nothing_of_a_part_outlives_its_time(tmp_path, monkeypatch):
     """Neither its processes nor its files: they would slow the next part, and fill the memory."""
     monkeypatch.setattr(gpu.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    rows = gpu.run_part("full", False, 12)
-    assert rows[-1] == {"stopped": "stopped after 12 s"}
+    rows = gpu.run_part("full", 12)
+    assert rows[-1].found == {"stopped": "stopped after 12 s"}
     assert not list(tmp_path.iterdir())
-    time.sleep(1)
-    told = subprocess.run(["ps", "ax", "-o", "command"], capture_output=True, text=True).stdout
-    assert str(tmp_path) not in told
+    assert str(tmp_path) not in commands()

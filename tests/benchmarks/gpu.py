@@ -1,7 +1,7 @@
 """Try a card: python tests/benchmarks/gpu.py (at most 8 minutes on one H100)
 
 Each part runs in a process and under a time limit of its own, prints what it finds as it finds it,
-and leaves that in the JSON file even if the machine goes away during a later part.
+and leaves that in the file of results even if the machine goes away during a later part.
 
     gradients      attention kernel by kernel, on the tiny Flux: gradients against PyTorch's plain
                    attention, velocities against float32
@@ -12,7 +12,8 @@ and leaves that in the JSON file even if the machine goes away during a later pa
                    where there is room): seconds and peak memory of each phase
     demonstration  the tiny Flux distilled in bfloat16, as in the README
 
-Without a GPU the same parts run on a small configuration, as a test of this script.
+Without a GPU the same parts run on a small configuration, as a test of this script, and nothing is
+kept unless --results names a file.
 """
 
 import argparse
@@ -24,113 +25,91 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from functools import cache
 from pathlib import Path
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-TINY = ROOT / "tests/tiny_flux"
-sys.path[:0] = [str(ROOT), str(HERE)]
+import common
+import common_flux
+import speed
+import torch
+from common_flux import TINY
+from diffusers import AutoencoderKL, FluxPipeline
+from speed import has_gpu
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+import flux_distill as fd
 
 LIMITS = {"gradients": 30, "steps": 200, "full": 180, "demonstration": 70}  # seconds, on a GPU
-DEMONSTRATION = f"""--model {TINY} --prompts {TINY}/prompts.txt --resolution 32 --shift 1
-    --shift-range 1 1 --batch 64 --learning-rate 1e-3 --recompute-every 0 --noises 8"""
+DEMONSTRATION = ("--model", str(TINY), "--prompts", str(TINY / "prompts.txt"),
+                 *common_flux.DEMONSTRATION.split())  # fmt: skip
 LENGTHS = {  # whether on a GPU: flags
-    True: "--iterations 200 --validate-every 20",
+    True: "--validate-every 20",
     False: "--iterations 3 --validate-every 3 --limit 8 --held-out 6 --noises 2 --batch 4",
 }
-FULL = f"""--prompts {TINY}/prompts.txt --limit 4 --batch 4 --iterations 4 --validate-every 4
-    --held-out 2 --noises 2 --resolution 256"""
-EAGER = ("--recompute-every", "1")
-HALF = ("--recompute-every", "2")
+FULL = """--limit 4 --batch 4 --iterations 4 --validate-every 4 --held-out 2 --noises 2
+    --resolution"""
+EAGER = "--recompute-every 1"
+HALF = "--recompute-every 2"
 CASES = {  # whether on a GPU: pixels, batch, flags
-    True: [(512, 8, EAGER), (512, 8, HALF), (512, 8, (*EAGER, "--compile")),
-           (512, 8, (*HALF, "--compile")), (512, 1, EAGER), (1024, 1, EAGER), (512, 16, EAGER),
-           (1024, 4, EAGER), (512, 16, (*EAGER, "--compile"))],
+    True: [(512, 8, EAGER), (512, 8, HALF), (512, 8, f"{EAGER} --compile"),
+           (512, 8, f"{HALF} --compile"), (512, 1, EAGER), (1024, 1, EAGER), (512, 16, EAGER),
+           (1024, 4, EAGER), (512, 16, f"{EAGER} --compile")],
     False: [(64, 2, EAGER), (64, 2, HALF)],
 }  # fmt: skip
+COUNT = 4  # steps of each case
 KERNELS = {  # attention: backend of diffusers
     "in use": "native", "flash": "_native_flash", "efficient": "_native_efficient",
     "cuDNN": "_native_cudnn",
 }  # fmt: skip
 CHECKS = ("gradient", "teacher", "student", "pipeline")  # of flux_distill.py's device check
 
-# -------------------------------------------------------------------- parts, and the rows they find
+# ------------------------------------------------------------------------------------- measurements
 
 
-def gradients(on_gpu: bool) -> Iterator[dict]:
-    """A row for each attention kernel: relative differences, or what the kernel said."""
-    import flux_distill as fd
-
-    with tempfile.TemporaryDirectory() as out:
-        more = ["--limit", "6", "--held-out", "3", "--out", out]
-        settings = fd.parse([*DEMONSTRATION.split(), *more])
-        _, cache = fd.prepare(settings, fd.Machine())
-        fd.fill_cache(settings, cache)
-        model = cache.model
-        lora = fd.LoRA(model.family, model.load("image").transformer, settings)
-        for name in KERNELS if on_gpu else ["in use"]:
-            try:
-                with fd.attention_backend(KERNELS[name]):
-                    yield {"kernel": name} | fd.device_errors(settings, cache, lora)
-            except RuntimeError as error:
-                yield {"kernel": name, "error": str(error).splitlines()[0][:100]}
+@cache
+def tiny_flux() -> common_flux.TinyFlux:
+    """On few prompts. A process makes it once, in the folder of its part."""
+    settings = common_flux.demonstration(Path(tempfile.mkdtemp()), 0, "--limit", 6, "--held-out", 3)
+    return common_flux.TinyFlux(settings)
 
 
-def steps(on_gpu: bool) -> Iterator[dict]:
-    """Sampling and device checks at full size, then a row for each size and way of training."""
-    import speed
-
-    config = speed.DEV if on_gpu else speed.SMALL
-    peak = speed.matmul_peak() if on_gpu else None
-    yield {"matmul_tflops": peak / 1e12 if on_gpu else None}
-    for pixels in (512, 1024) if on_gpu else (64,):
-        yield {"sampling": pixels, "seconds": speed.sampling(config, pixels)}
-    pixels, batch, _ = CASES[on_gpu][0]
-    yield checks_of(config, pixels, batch)
-    for pixels, batch, flags in CASES[on_gpu]:
-        began = time.perf_counter()
-        row = speed.measure(config, pixels, batch, 4, peak, *flags)
-        yield row | {"whole": time.perf_counter() - began}
+def kernel_errors(kernel: str, length: float) -> dict:
+    """Relative differences with an attention kernel, or what that said."""
+    world = tiny_flux()
+    try:
+        with fd.attention_backend(KERNELS[kernel]):
+            return fd.device_errors(world.settings, world.cache, world.lora)
+    except RuntimeError as error:
+        return {"error": str(error).splitlines()[0][:100]}
 
 
-def checks_of(config: dict, pixels: int, batch: int) -> dict:
+def full_size_errors(config: str, pixels: int, batch: int, length: float) -> dict:
     """The device check on a transformer of this config, and its seconds."""
-    import speed
-
-    import flux_distill as fd
-
-    with speed.random_run(config, pixels, batch) as run:
+    with speed.random_run(speed.CONFIGS[config], pixels, batch) as run:
         began = time.perf_counter()
-        found = fd.device_errors(run.settings, run.cache, run.lora)
-        return {"checks": found, "seconds": time.perf_counter() - began}
+        checks = fd.device_errors(run.settings, run.cache, run.lora)
+        return {"checks": checks, "seconds": time.perf_counter() - began}
 
 
-def full(on_gpu: bool) -> Iterator[dict]:
-    """flux_distill.py end to end on a folder of FLUX.1-dev's configuration."""
-    with tempfile.TemporaryDirectory(dir=os.environ.get("ROOMY")) as folder:
-        model = Path(folder) / "model"
-        began = time.perf_counter()
-        command = [sys.executable, __file__, "--make-pipeline", str(model)]
-        subprocess.run(command, check=True)
-        yield {
-            "made": time.perf_counter() - began,
-            "in_memory": "ROOMY" in os.environ,
-            "bytes": sum(path.stat().st_size for path in model.rglob("*") if path.is_file()),
-        }
-        more = [] if on_gpu else ["--resolution", "32"]
-        with tempfile.TemporaryDirectory() as out:
-            yield distilled(out, "--model", str(model), *FULL.split(), *more)
+def full_size_pipeline() -> Path:
+    """Where the part "full" has its model: in a RAM disk if there is room, see `run_part`."""
+    return Path(os.environ.get("ROOMY", tempfile.gettempdir())) / "model"
 
 
-def make_pipeline(folder: Path, on_gpu: bool) -> None:
-    """A pipeline of FLUX.1-dev's own configuration, or a small one, with random weights."""
-    import torch
-    from diffusers import FluxPipeline
+def made_pipeline(length: float) -> dict:
+    """Make the model of the part "full", in a process, which leaves no memory taken."""
+    folder = full_size_pipeline()
+    began = time.perf_counter()
+    subprocess.run([sys.executable, __file__, "--make-pipeline", str(folder)], check=True)
+    seconds = time.perf_counter() - began
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return {"made": seconds, "in_memory": "ROOMY" in os.environ, "bytes": size}
 
-    if not on_gpu:
+
+def make_pipeline(folder: Path) -> None:
+    """A pipeline of FLUX.1-dev's own configuration with random weights, or the tiny Flux."""
+    if not has_gpu():
         FluxPipeline.from_pretrained(TINY).save_pretrained(folder)
         return
     torch.set_default_dtype(torch.bfloat16)
@@ -145,10 +124,6 @@ def make_pipeline(folder: Path, on_gpu: bool) -> None:
 
 def parts_of_dev() -> dict:
     """Text encoders, VAE and transformer of FLUX.1-dev's own configuration."""
-    import speed
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-
     clip = CLIPTextConfig(
         vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
         num_attention_heads=12, projection_dim=768, bos_token_id=0, eos_token_id=1, pad_token_id=1,
@@ -171,122 +146,143 @@ def parts_of_dev() -> dict:
     }
 
 
-def demonstration(on_gpu: bool) -> Iterator[dict]:
-    """The results of the tiny demonstration and its seconds as a process."""
-    with tempfile.TemporaryDirectory() as out:
-        yield distilled(out, *DEMONSTRATION.split(), *LENGTHS[on_gpu].split())
+def full_run(resolution: int, length: float) -> dict:
+    """flux_distill.py end to end on the model of the part "full"."""
+    prompts = ("--prompts", str(TINY / "prompts.txt"))
+    model = ("--model", str(full_size_pipeline()))
+    return distilled(*model, *prompts, *FULL.split(), str(resolution))
 
 
-def distilled(out: str, *flags: str) -> dict:
+def demonstration_run(flags: str, length: float) -> dict:
+    return distilled(*DEMONSTRATION, *flags.split())
+
+
+def distilled(*flags: str) -> dict:
     """Run flux_distill.py; its seconds as a process, and what results.json says."""
-    began = time.perf_counter()
-    command = [sys.executable, str(ROOT / "flux_distill.py"), "--out", out, *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    row = {"seconds": time.perf_counter() - began}
-    if done.returncode:
-        return row | {"error": (done.stdout + done.stderr)[-1500:]}
+    env = dict(os.environ)
+    if has_gpu():  # as if a user had started it: common.py leaves one thread, which suits a CPU
+        env.pop("OMP_NUM_THREADS", None)
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, str(common.ROOT / "flux_distill.py"), "--out", out, *flags]
+        began = time.perf_counter()
+        done = subprocess.run(command, cwd=common.ROOT, env=env, capture_output=True, text=True)
+        found = {"seconds": time.perf_counter() - began}
+        if done.returncode:
+            return found | {"error": (done.stdout + done.stderr)[-1500:]}
+        results = json.loads((Path(out) / "results.json").read_text())
     told = [line for line in done.stdout.splitlines() if "per iteration; training takes" in line]
-    row["told"] = told
-    results = json.loads((Path(out) / "results.json").read_text())
+    found["told"] = told
     for name in ("phases", "table", "self_check", "seed_to_seed"):
-        row[name] = results[name]
+        found[name] = results[name]
     for name in ("checks", "relative_change"):
-        row[name] = results["adapter"][name]
-    return row
+        found[name] = results["adapter"][name]
+    return found
 
 
-PARTS = {"gradients": gradients, "steps": steps, "full": full, "demonstration": demonstration}
-
-# --------------------------------------------------------------------------------------- the tables
+# -------------------------------------------------------------------------------------------- tasks
 
 
-def table(heads: list[str], lines: list[list]) -> str:
-    rows = [heads, ["---"] * len(heads), *lines]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows) + "\n"
+def tasks(flows=(), seeds=()) -> dict[str, list[common.Task]]:
+    on_gpu = has_gpu()
+    config = "dev" if on_gpu else "small"
+    threads = os.cpu_count() if on_gpu else 1
+    kernels = [*KERNELS] if on_gpu else ["in use"]
+    matmul = [common.Task(speed.measure_matmul, {})] if on_gpu else []
+    sampling = speed.sampling_tasks(config, [512, 1024] if on_gpu else [64], threads)
+    pixels, batch, _ = CASES[on_gpu][0]
+    size = {"config": config, "pixels": pixels, "batch": batch}
+    steps = speed.step_tasks(config, CASES[on_gpu], threads, count=COUNT)
+    resolution = {"resolution": 256 if on_gpu else 32}
+    return {
+        "gradients": [common.Task(kernel_errors, {"kernel": name}) for name in kernels],
+        "steps": [*matmul, *sampling, common.Task(full_size_errors, size), *steps],
+        "full": [common.Task(made_pipeline, {}), common.Task(full_run, resolution)],
+        "demonstration": [common.Task(demonstration_run, {"flags": LENGTHS[on_gpu]})],
+    }
 
 
-def markdown(results: dict) -> str:
-    """The tables of what was found."""
-    machine = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
-    paragraphs = [machine, *about_kernels(results.get("gradients", []))]
-    paragraphs += about_steps(results.get("steps", []))
+# ------------------------------------------------------------------------------------------- tables
+
+
+def tables(rows: list[common.Row]) -> list[str]:
+    lines = speed.machines(rows)
+    lines += table_of_kernels(common.where(rows, "gradients"))
+    steps = common.where(rows, "steps")
+    for row in steps:
+        if "checks" in row.found:
+            cells = ["full size", *differences(row.found["checks"])]
+            lines += common.table(["kernels in use", *CHECKS], [cells])
+    lines += speed.tables_of_steps(steps)
     for part in ("demonstration", "full"):
-        for row in results.get(part, []):
-            paragraphs += about_run(part, row)
-    return "\n".join(paragraphs)
+        for row in common.where(rows, part):
+            lines += about_run(part, row.found)
+    for row in rows:
+        if "stopped" in row.found:
+            lines.append(f"{row.part}: {row.found['stopped']}")
+    for row in rows:
+        if row.part not in LIMITS:  # noted by hand
+            cells = [(name, text_of(value)) for name, value in row.found.items()]
+            lines += common.table([row.part, "found"], cells)
+    return lines
 
 
-def about_kernels(rows: list[dict]) -> list[str]:
+def text_of(value) -> str:
+    if isinstance(value, list):
+        return ", ".join(text_of(item) for item in value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def table_of_kernels(rows: list[common.Row]) -> list[str]:
     lines = []
     for row in rows:
-        if "error" in row:
-            lines.append([row["kernel"], row["error"], "", "", ""])
-        elif "kernel" in row:
-            lines.append([row["kernel"], *differences(row)])
-    return [table(["attention kernel, tiny Flux", *CHECKS], lines)] if lines else []
+        if "error" in row.found:
+            lines.append([row.settings["kernel"], row.found["error"], "", "", ""])
+        elif "kernel" in row.settings:
+            lines.append([row.settings["kernel"], *differences(row.found)])
+    return common.table(["attention kernel, tiny Flux", *CHECKS], lines) if lines else []
 
 
 def differences(found: dict[str, float]) -> list[str]:
     return [f"{found[name]:.2g}" for name in CHECKS]
 
 
-def about_steps(rows: list[dict]) -> list[str]:
-    import speed
-
-    paragraphs, measured = [], []
-    for row in rows:
-        if "checks" in row:
-            line = ["full size", *differences(row["checks"])]
-            paragraphs.append(table(["kernels in use", *CHECKS], [line]))
-        elif "sampling" in row:
-            paragraphs.append(f"{row['sampling']} px, 3 steps, the latents of one image:"
-                              f" {row['seconds']:.2f} s\n")  # fmt: skip
-        elif row.get("matmul_tflops"):
-            paragraphs.append(f"bfloat16 matrix product: {row['matmul_tflops']:.0f} TFLOP/s\n")
-        elif "pixels" in row:
-            measured.append(speed.line_of(row))
-    if measured:
-        head = f"| {' | '.join(speed.HEADS)} |\n|{'---|' * len(speed.HEADS)}"
-        paragraphs.append("\n".join([head, *measured]) + "\n")
-    return paragraphs
-
-
-def about_run(part: str, row: dict) -> list[str]:
+def about_run(part: str, found: dict) -> list[str]:
     """Of a run of flux_distill.py: seconds and memory by phase, and where the student ends."""
-    if "error" in row:
-        return [f"{part}: failed after {row['seconds']:.0f} s: {row['error']}\n"]
-    if "phases" not in row:
+    if "error" in found:
+        return [f"{part}: failed after {found['seconds']:.0f} s: {found['error']}"]
+    if "phases" not in found:
         return []
     lines = []
-    for name, phase in row["phases"].items():
+    for name, phase in found["phases"].items():
         memory = f"{phase['peak_gib']:.1f}" if phase["peak_gib"] else ""
         lines.append([name, f"{phase['seconds']:.0f}", memory])
-    lines.append(["the whole process", f"{row['seconds']:.0f}", ""])
-    ends = {(cell["sampler"], cell["steps"]): cell["rmse"] for cell in row["table"]}
+    lines.append(["the whole process", f"{found['seconds']:.0f}", ""])
+    ends = {(row["sampler"], row["steps"]): row["rmse"] for row in found["table"]}
+    teacher, student = ends["teacher", 3], ends["student", 3]
     return [
-        table([f"{part}, phase", "seconds", "peak GiB"], lines),
-        f"3 steps: teacher {ends['teacher', 3]:.3f}, student {ends['student', 3]:.3f}\n",
+        *common.table([f"{part}, phase", "seconds", "peak GiB"], lines),
+        f"3 steps: teacher {teacher:.3f}, student {student:.3f}",
     ]
 
 
 # --------------------------------------------------------------------------------- one process each
 
 
-def run_part(name: str, on_gpu: bool, limit: float | None) -> list[dict]:
+def run_part(part: str, limit: float | None) -> list[common.Row]:
     """The rows of a part, those before its time was up included.
 
     Nothing of it outlives its time: neither processes, which would slow the next part, nor files.
     """
+    began = time.perf_counter()
     shared = Path("/dev/shm")
-    roomy = on_gpu and shared.is_dir() and shutil.disk_usage(shared).free > 40e9
+    roomy = has_gpu() and shared.is_dir() and shutil.disk_usage(shared).free > 40e9
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         env = os.environ | {"TMPDIR": folder}
         if roomy:
             env["ROOMY"] = stack.enter_context(tempfile.TemporaryDirectory(dir=shared))
-        rows = Path(folder) / "rows"
-        rows.touch()
-        command = [sys.executable, __file__, "--part", name, "--rows", str(rows)]
+        path = Path(folder) / "rows.json"
+        command = [sys.executable, __file__, "--part", part, "--results", str(path)]
         process = subprocess.Popen(command, env=env, start_new_session=True)
         note = None
         try:
@@ -299,49 +295,53 @@ def run_part(name: str, on_gpu: bool, limit: float | None) -> list[dict]:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        found = [json.loads(line) for line in rows.read_text().splitlines()]
+        rows = common.load(path)
     if note:
-        found.append({"stopped": note})
-    return found
+        seconds = time.perf_counter() - began
+        rows.append(common.Row(part, {}, 1.0, {"stopped": note}, seconds, common.origin()))
+    return rows
 
 
-def write_rows(part: str, path: Path, on_gpu: bool) -> None:
-    """Run a part in this process; its rows are written and printed as they come."""
-    for row in PARTS[part](on_gpu):
-        with open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row)[:600], flush=True)
+def run_tasks(part: str, path: Path) -> None:
+    """Do a part in this process; its rows are written and printed as they come."""
+    rows = []
+    for task in tasks()[part]:
+        row = common.Row(
+            part, common.as_kept(task.settings), 1.0, *common.run(task, {"length": 1.0})
+        )
+        rows.append(row)
+        common.save(rows, path)
+        print(json.dumps([row.settings, row.found])[:600], flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="in order")
-    parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="the JSON file")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
-    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=LIMITS, default=[*LIMITS], help="in order")
+    parser.add_argument("--results", type=Path, help="file of the numbers (results/gpu.json; none"
+                        " without a GPU)")  # fmt: skip
+    parser.add_argument("--part", choices=LIMITS, help=argparse.SUPPRESS)
     parser.add_argument("--make-pipeline", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    import torch
-
-    on_gpu = torch.cuda.is_available()
     if args.make_pipeline:
-        make_pipeline(args.make_pipeline, on_gpu)
+        make_pipeline(args.make_pipeline)
     elif args.part:
-        write_rows(args.part, args.rows, on_gpu)
+        run_tasks(args.part, args.results)
     else:
-        try_all(args.parts, args.out, on_gpu)
+        kept = common.RESULTS / "gpu.json" if has_gpu() else None
+        try_parts(args.parts, args.results or kept)
 
 
-def try_all(parts: list[str], out: Path, on_gpu: bool) -> None:
-    import flux_distill as fd
-
-    results = {"machine": fd.Machine().describe()}
+def try_parts(parts: list[str], path: Path | None) -> None:
+    """Measure these parts, replace their rows in the file, print the tables."""
+    rows = common.load(path) if path else []
     for part in parts:
         began = time.perf_counter()
-        results[part] = run_part(part, on_gpu, LIMITS[part] if on_gpu else None)
-        out.write_text(json.dumps(results, indent=1) + "\n")
+        rows = [row for row in rows if row.part != part]
+        rows += run_part(part, LIMITS[part] if has_gpu() else None)
+        if path:
+            common.save(rows, path)
         print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
-    print(markdown(results))
+    print("\n".join(tables(rows)))
 
 
 if __name__ == "__main__":

@@ -1,49 +1,50 @@
 """How near a training step is to its network calls: python tests/benchmarks/speed.py
 
-No step can be faster than the calls of the network that it makes: the teacher twice and the slow
-EMA once without a gradient, the student forward and backward. Steps of flux_distill.train, on
-random weights and cached noise, are timed in turn with such calls alone. On a CPU: a Flux of 124
-million parameters (2 minutes on 2 cores). On a CUDA device: FLUX.1-dev's own configuration, built
-there in bfloat16, with peak memory and the fraction of the rate of a large matrix product; then,
-at one size, fewer recomputed blocks and compiled ones. First it prints what sampling with the LoRA
-takes, without text encoders and VAE.
+No step can be faster than the network calls that it makes: the teacher twice and the slow EMA once
+without a gradient, the student forward and backward. Steps of flux_distill.train, on random weights
+and cached noise, are timed in turn with such calls alone. On a CPU: a Flux of 124 million
+parameters (2 minutes on 2 cores). On a CUDA device: FLUX.1-dev's own configuration, built there in
+bfloat16, with peak memory and the fraction of the rate of a large matrix product. "variants", at
+one size, recompute fewer blocks or compile them. "sampling" takes 3 steps with the LoRA, without
+text encoders and VAE. "small" is a network to try this script with.
+
+One task at a time has the whole machine: leave --jobs at 1. --length scales the number of steps.
 """
 
-import argparse
-import itertools
 import os
 import statistics
-import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
+import common
 import torch
+from common_flux import TINY
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 import flux_distill as fd
-from flux_distill import Flux, FluxPipeline, FluxTransformer2DModel
+from flux_distill import Flux
 
-TINY = Path(__file__).parents[1] / "tiny_flux"
 DEV = dict(num_attention_heads=24, attention_head_dim=128, num_layers=19, num_single_layers=38,
            axes_dims_rope=(16, 56, 56), in_channels=64, joint_attention_dim=4096,
            pooled_projection_dim=768, guidance_embeds=True)  # fmt: skip
 MEDIUM = DEV | dict(num_attention_heads=8, attention_head_dim=96, num_layers=3, num_single_layers=6,
                     axes_dims_rope=(16, 40, 40))  # fmt: skip
 SMALL = MEDIUM | dict(num_attention_heads=2, num_layers=1, num_single_layers=1)
-VAE = {"block_out_channels": (128, 256, 512, 512)}  # latents are an eighth of the pixels
 CONFIGS = {"dev": DEV, "medium": MEDIUM, "small": SMALL}
+VAE = {"block_out_channels": (128, 256, 512, 512)}  # latents are an eighth of the pixels
 TEXT_TOKENS = {"cuda": 256, "cpu": 64}
-SIZES = {"cuda": {512: (1, 4, 8, 16), 1024: (1, 4)}, "cpu": {256: (2,)}}  # pixels: batches
-BEST = {"cuda": (512, 8), "cpu": (256, 2)}  # the size at which variants are tried
-HEADS = ("pixels", "batch", "flags", "step, s", "its calls, s", "ratio", "TFLOP/s", "GiB")
-RECOMPUTE = (("--recompute-every", "1"), ("--recompute-every", "0"))
+SIZES = {"dev": {512: (1, 4, 8, 16), 1024: (1, 4)}, "medium": {256: (2,)}}  # pixels: batches
+BEST = {"dev": (512, 8), "medium": (256, 2)}  # the size at which variants are tried
+RECOMPUTE = ("--recompute-every 1", "--recompute-every 0")
+VARIANTS = ("--recompute-every 2", "--recompute-every 4", "--compile")
+STEPS = 8  # of a training
 WARM_UP = 2  # steps that are not timed
+
+# ---------------------------------------------------------------------------- a run without a model
 
 
 def random_model(machine: fd.Machine, config: dict) -> fd.Model:
@@ -86,7 +87,10 @@ def random_run(config: dict, pixels: int, batch: int, *flags: str):
         yield SimpleNamespace(settings=settings, cache=cache, lora=lora)
 
 
-def seconds_of(function, machine: fd.Machine) -> float:
+# ------------------------------------------------------------------------------------- measurements
+
+
+def seconds_of(function: Callable[[], object], machine: fd.Machine) -> float:
     """How long a call takes, until the device has done it."""
     if machine.device == "cuda":
         torch.cuda.synchronize()
@@ -125,7 +129,8 @@ def timed_steps(run: SimpleNamespace, count: int) -> list[tuple[float, float]]:
     machine = run.cache.machine
     state = fd.TrainState(run.lora.initial_weights(), run.settings)
     steps = fd.train(run.settings, run.cache, fd.read_pool(run.cache), run.lora, state)
-    batch, seconds = input_of_network(run), []
+    batch = input_of_network(run)
+    seconds = []
     while state.iteration < count:
         step = seconds_of(lambda: next(steps), machine)
         if state.iteration > WARM_UP:
@@ -143,106 +148,169 @@ def flops_of_a_step(run: SimpleNamespace) -> int:
     return counter.get_total_flops() * run.settings.batch
 
 
-def measure(
-    config: dict, pixels: int, batch: int, steps: int, peak: float | None, *flags: str
+def measure_steps(
+    config: str,
+    pixels: int,
+    batch: int,
+    flags: str,
+    threads: int,
+    length: float,
+    count: int = STEPS,
 ) -> dict:
-    """A short run of this size, timed: a row of the table, by column.
-
-    peak: FLOP/s of a large matrix product, on CUDA.
-    """
-    row = {"pixels": pixels, "batch": batch, "flags": " ".join(flags)}
+    """Seconds of a step and of its calls, rate and memory, of a training of `count` steps."""
+    torch.set_num_threads(threads)
+    count = max(WARM_UP + 1, common.shortened(count, length))
+    found = {}
     try:
-        with random_run(config, pixels, batch, *flags) as run:
-            if peak:
+        with random_run(CONFIGS[config], pixels, batch, *flags.split()) as run:
+            on_gpu = run.cache.machine.device == "cuda"
+            if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
-            seconds = timed_steps(run, steps)
-            if peak:
-                row["gib"] = run.cache.machine.peak_memory()
-            row["step"], row["calls"] = map(statistics.median, zip(*seconds))
-            row["ratio"] = statistics.median(step / calls for step, calls in seconds)
-            rate = flops_of_a_step(run) / row["step"]
-            row["tflops"] = rate / 1e12
-            if peak:
-                row["fraction"] = rate / peak
+            seconds = timed_steps(run, count)
+            if on_gpu:
+                found["gib"] = run.cache.machine.peak_memory()
+            found["step"] = statistics.median(step for step, _ in seconds)
+            found["calls"] = statistics.median(calls for _, calls in seconds)
+            found["ratio"] = statistics.median(step / calls for step, calls in seconds)
+            found["tflops"] = flops_of_a_step(run) / found["step"] / 1e12
     except torch.OutOfMemoryError:
-        row["note"] = "out of memory"
-    return row
+        return {"note": "out of memory"}
+    return found
 
 
-def line_of(row: dict) -> str:
-    """A row as a line of the Markdown table."""
-    cells = [row["pixels"], row["batch"], row["flags"]]
-    if "note" in row:
-        cells += [row["note"], "", "", "", ""]
-    else:
-        cells += [f"{row[name]:.3f}" for name in ("step", "calls", "ratio")]
-        fraction = f" ({row['fraction']:.0%})" if "fraction" in row else ""
-        cells.append(f"{row['tflops']:.3g}{fraction}")
-        cells.append(f"{row['gib']:.1f}" if "gib" in row else "")
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def sampling(config: dict, pixels: int, steps: int = 3, repeats: int = 5) -> float:
+def measure_sampling(config: str, pixels: int, threads: int, length: float) -> dict:
     """Seconds in which the stock pipeline makes the latents of one image with the LoRA."""
-    with random_run(config, pixels, 1) as run:
+    torch.set_num_threads(threads)
+    with random_run(CONFIGS[config], pixels, 1) as run:
         cond, noise = run.cache.held_out([0], "speed")
         run.lora.use(run.lora.initial_weights())
+        model, shift = run.cache.model, run.settings.shift
 
-        def sample():
-            fd.stock_sample(run.cache.model, noise[:1], steps, cond, run.settings.shift, batch=1)
+        def sample() -> None:
+            fd.stock_sample(model, noise[:1], 3, cond, shift, batch=1)
 
         sample()  # warms up
-        return statistics.median(seconds_of(sample, run.cache.machine) for _ in range(repeats))
+        return {"sampling": statistics.median(seconds_of(sample, model.machine) for _ in range(5))}
 
 
-def matmul_peak(size: int = 8192, repeats: int = 20) -> float:
-    """FLOP/s of a large matrix product in bfloat16 on CUDA."""
+def measure_matmul(length: float, size: int = 8192, repeats: int = 20) -> dict:
+    """Rate of a large matrix product in bfloat16 on CUDA."""
     machine = fd.Machine()
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    times = [seconds_of(lambda: a @ b, machine) for _ in range(repeats)]
-    return 2 * size**3 / statistics.median(times)
+    seconds = statistics.median(seconds_of(lambda: a @ b, machine) for _ in range(repeats))
+    return {"matmul_tflops": 2 * size**3 / seconds / 1e12}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split(": ")[0])
-    parser.add_argument("--iterations", type=int, default=8, help="steps of each case, 3 or more")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a CPU")
-    parser.add_argument("--config", choices=CONFIGS, help="default: dev on CUDA, else medium")
-    parts = ("steps", "variants", "sampling")
-    parser.add_argument("--parts", nargs="+", choices=parts, help="default: all on CUDA, else no"
-                        " variants: there compiling takes minutes")  # fmt: skip
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    machine = fd.Machine()
-    on_gpu, sizes = machine.device == "cuda", SIZES[machine.device]
-    parts = args.parts or (parts if on_gpu else ("steps", "sampling"))
-    peak = matmul_peak() if on_gpu else None
-    config = CONFIGS[args.config or ("dev" if on_gpu else "medium")]
-    with torch.device("meta"):
-        size = FluxTransformer2DModel(**config).num_parameters() / 1e6
-    name = torch.cuda.get_device_name() if on_gpu else f"{args.threads} CPU threads"
-    print(f"{name}, PyTorch {torch.__version__}, {size:.0f} million parameters")
-    if on_gpu:
-        print(f"bfloat16 matrix product: {peak / 1e12:.0f} TFLOP/s")
-    if "sampling" in parts:
-        for pixels in sizes:
-            seconds = sampling(config, pixels)
-            print(f"{pixels} px, 3 steps, the latents of one image: {seconds:.2f} s", flush=True)
+# -------------------------------------------------------------------------------------------- tasks
 
-    cases = []
-    if "steps" in parts:
-        for pixels, batches in sizes.items():
-            cases += itertools.product([pixels], batches, RECOMPUTE)
-    if "variants" in parts:
-        for flags in (("--recompute-every", "2"), ("--recompute-every", "4"), ("--compile",)):
-            cases.append((*BEST[machine.device], flags))
-    if cases:
-        print(f"| {' | '.join(HEADS)} |")
-        print("|---" * len(HEADS) + "|")
+
+def has_gpu() -> bool:
+    """Asked without starting CUDA, which a process must not have done before it forks."""
+    return torch.cuda.device_count() > 0
+
+
+def step_tasks(
+    config: str, cases: Sequence[tuple[int, int, str]], threads: int, **more
+) -> list[common.Task]:
+    """cases: pixels, batch, flags."""
+    tasks = []
     for pixels, batch, flags in cases:
-        row = measure(config, pixels, batch, args.iterations, peak, *flags)
-        print(line_of(row), flush=True)
+        settings = {"config": config, "pixels": pixels, "batch": batch, "flags": flags}
+        tasks.append(common.Task(measure_steps, settings | {"threads": threads} | more))
+    return tasks
+
+
+def sampling_tasks(config: str, sizes: Sequence[int], threads: int) -> list[common.Task]:
+    """sizes: pixels."""
+    settings = {"config": config, "threads": threads}
+    return [common.Task(measure_sampling, settings | {"pixels": pixels}) for pixels in sizes]
+
+
+def tasks(flows, seeds) -> dict[str, list[common.Task]]:
+    config = "dev" if has_gpu() else "medium"
+    sizes, threads = SIZES[config], os.cpu_count()
+    cases = [(p, b, flags) for p, batches in sizes.items() for b in batches for flags in RECOMPUTE]
+    variants = [(*BEST[config], flags) for flags in VARIANTS]
+    small = [(64, 2, flags) for flags in RECOMPUTE]
+    parts = {
+        "sampling": sampling_tasks(config, [*sizes], threads),
+        "steps": step_tasks(config, cases, threads),
+        "variants": step_tasks(config, variants, threads),
+        "small": sampling_tasks("small", [64], 1) + step_tasks("small", small, 1),
+    }
+    if has_gpu():
+        return {"matmul": [common.Task(measure_matmul, {})]} | parts
+    return parts
+
+
+def usual() -> list[str]:
+    """Parts that are measured if no flag says which: on a CPU compiling takes minutes."""
+    return ["matmul", "sampling", "steps", "variants"] if has_gpu() else ["sampling", "steps"]
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+HEAD = ("pixels", "batch", "flags", "step, s", "its calls, s", "ratio", "TFLOP/s", "GiB")
+
+
+def tables(rows: list[common.Row]) -> list[str]:
+    return machines(rows) + tables_of_steps(rows)
+
+
+def machines(rows: list[common.Row]) -> list[str]:
+    """What made the rows: a line for each machine, its packages and what else is noted of it."""
+    lines = []
+    for row in rows:
+        made = row.origin
+        versions = (f"{name} {version}" for name, version in made["versions"].items())
+        line = f"{made['machine']}: {', '.join(versions)}"
+        if "note" in made:
+            line += f". {made['note']}"
+        if line not in lines:
+            lines.append(line)
+    return lines
+
+
+def tables_of_steps(rows: list[common.Row]) -> list[str]:
+    """Of rows in any order; those that found something else are left out."""
+    lines = []
+    configs = [row.settings["config"] for row in rows if "config" in row.settings]
+    for config in dict.fromkeys(configs):
+        lines.append(f"{config}: {parameters(CONFIGS[config]) / 1e6:.0f} million parameters")
+    peak = None
+    timed = []
+    for row in rows:
+        found = row.found
+        if "matmul_tflops" in found:
+            peak = found["matmul_tflops"]
+            lines.append(f"bfloat16 matrix product: {peak:.0f} TFLOP/s")
+        elif "sampling" in found:
+            size = f"{row.settings['pixels']} px, 3 steps, the latents of one image"
+            lines.append(f"{size}: {found['sampling']:.2f} s")
+        elif "step" in found or "note" in found:
+            timed.append(row)
+    if timed:
+        lines += common.table(HEAD, [cells_of(row, peak) for row in timed])
+    return lines
+
+
+def parameters(config: dict) -> int:
+    with torch.device("meta"):
+        return FluxTransformer2DModel(**config).num_parameters()
+
+
+def cells_of(row: common.Row, peak: float | None) -> list[str]:
+    """A line of the table. peak: TFLOP/s of a large matrix product, if that was measured."""
+    found = row.found
+    cells = [str(row.settings[name]) for name in ("pixels", "batch", "flags")]
+    if "note" in found:
+        return [*cells, found["note"], "", "", "", ""]
+    cells += [f"{found[name]:.3f}" for name in ("step", "calls", "ratio")]
+    fraction = f" ({found['tflops'] / peak:.0%})" if peak else ""
+    cells.append(f"{found['tflops']:.3g}{fraction}")
+    cells.append(f"{found['gib']:.1f}" if "gib" in found else "")
+    return cells
 
 
 if __name__ == "__main__":
-    main()
+    common.main(__file__, __doc__, tasks, tables, seeds=1, jobs=1, usual=usual())
