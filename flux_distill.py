@@ -1,25 +1,27 @@
 """Distil FLUX.1-dev into a few-step sampler: a LoRA by SCFM (arXiv 2510.17858), see shortcut.py.
 
-The phases of a run. Each is skipped when its result is in --out and fits the settings, so after any
-interruption the same command resumes. Every random number has a key: it depends on --seed and that
-key alone, not on what was drawn before.
+The phases of a run. A phase is skipped when its result is in --out and fits the settings, so after
+any interruption the same command resumes. Every random number has a key: it depends on --seed and
+that key alone, not on what was drawn before.
 
 phase      reads            writes in --out            draws at random, by key   when stopped
 ---------  ---------------  -------------------------  ------------------------  ----------------
-set-up     flags, model,    nothing                                              nothing is kept
+set-up     flags, model,    --out itself, .lock                                  nothing is lost
            prompts, images
-cache      prompts, images  cache/: an embedding per   pool, number of the pair  whole files are
-                            text, a latent per pair                              kept
-train      cache            checkpoint/, log.csv,      A, name of the layer      the iteration is
-                            training.png, validation/  train, iteration, pass    finished and saved
-                                                       fraction, iteration
-                                                       validation, text, noise
-calibrate  checkpoint       the LoRA, cache/check      check, text, noise        it starts over
-compare    the LoRA         comparison.png, README.md  compare, text, noise      it starts over
-                            (card), results.json
+cache      prompts,         cache/: an embedding per   pool, number of the       whole files are
+           images, model    text, a latent per pair    prompt                    kept
+train      cache, model     checkpoint/, log.csv,      A, name of the layer      the iteration is
+                            training.png, validation/  train, iteration, pass    finished and
+                                                       fraction, iteration       saved; a valida-
+                                                       validation, text, noise   tion is repeated
+                                                       check device (on a GPU)
+calibrate  checkpoint,      the LoRA, cache/check,     validation, text, noise   it starts over
+           cache, model     validation/saved.png       check, text, noise
+compare    the LoRA,        comparison.png, README.md  compare, text, noise      it starts over
+           cache, model     (card), results.json       check, text, noise
 
 costs.json has the seconds and the peak GPU memory of each phase. --sample renders prompts with a
-finished LoRA instead (key: sample, number of the prompt).
+finished LoRA instead, to samples/ (key: sample, number of the prompt).
 """
 
 # ruff: noqa: E402
@@ -34,6 +36,7 @@ import shutil
 import signal
 import sys
 import textwrap
+import threading
 import time
 import warnings
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
@@ -57,10 +60,11 @@ def at_least(low: float, multiple_of: int = 1, high: float = math.inf):
 
     def number(text: str) -> float:
         value = type(low)(text)
-        if not low <= value < math.inf:
+        if not value >= low:  # or not a number
             raise ArgumentTypeError(f"{text} must be at least {low}")
-        if value > high:
-            raise ArgumentTypeError(f"{text} must be at most {high}")
+        if value > high or value == math.inf:
+            raise ArgumentTypeError(f"{text} must be at most {high}" if high < math.inf else
+                                    f"{text} must be finite")  # fmt: skip
         if isinstance(low, int) and value % multiple_of:
             raise ArgumentTypeError(f"{text} must be a multiple of {multiple_of}")
         return value
@@ -69,7 +73,10 @@ def at_least(low: float, multiple_of: int = 1, high: float = math.inf):
 
 
 def flag(default, text: str, **options):
-    """A setting with the help of its flag, and what argparse needs besides."""
+    """A field with the help and the argparse options of its flag.
+
+    A group holds for this flag and those after it, up to the next group.
+    """
     return field(default=default, metadata={"help": text, **options})
 
 
@@ -83,45 +90,47 @@ class Settings:
     """Every flag with its default and help. The command line's parser is made from it."""
 
     # fmt: off
-    model: str = flag("black-forest-labs/FLUX.1-dev", group="what",
+    model: str = flag("black-forest-labs/FLUX.1-dev", group="input and output",
         text="a FluxPipeline: its name on the Hub, or a folder")
     images: Path | None = flag(None, type=Path, metavar="DIR", text="train on these images, each"
         " with its caption in NAME.txt; without this flag the teacher makes the training data")
     prompts: Path | None = flag(None, type=Path, metavar="FILE",
         text="a text file with a prompt a line; without this flag 24 built-in prompts")
-    held_out: int = flag(12, type=at_least(2), metavar="K", text="never train on the last K"
-        " prompts: a third of them validates, the others are for the comparison")
+    held_out: int = flag(12, type=at_least(2), metavar="K", text="hold out the last K"
+        " prompts: a third for validation, the others for the comparison")
     noises: int = flag(2, type=at_least(2), metavar="K",
-        text="noises for each held-out prompt")
+        text="noise samples per held-out prompt")
     limit: int = flag(0, type=at_least(0), metavar="K", text="train on the first K pairs; 0: all")
     resolution: int = flag(512, type=at_least(16, 16), text="pixels, a multiple of 16")
     text_tokens: int = flag(256, type=at_least(1, high=LONGEST_TEXT), metavar="K",
         text=f"length to which T5 pads or cuts a text, at most {LONGEST_TEXT}")
     out: Path = flag(Path("flux_out"), type=Path, text="folder for all output")
     sample: tuple[str, ...] = flag((), nargs="+", metavar="PROMPT", text="only render these, with"
-        " the LoRA in --out; --student-steps, --resolution, --guidance and --shift then default to"
-        " what it was made for")
+        " the LoRA in --out; --student-steps, --resolution, --guidance, --shift, --text-tokens and"
+        " --quantize then default to what it was made with")
 
     student_steps: int = flag(3, type=at_least(1, high=1000), metavar="N", group="method",
         text="number of steps to distil for")
     paper: bool = flag(False, action="store_true",
-        text="windows and EMAs as published (Algorithm 2), whatever N is")
+        text="windows and velocities as published (Algorithm 2), whatever N is")
     shift_range: tuple[float, float] = flag((2.5, 4.5), type=SHIFT, nargs=2, text="range of the"
         " time shift in training; its middle is what the windows are matched to",
         metavar=("LOW", "HIGH"))
     shift: float = flag(3.0, type=SHIFT, text="time shift of sampling")
     guidance: float = flag(3.5, type=at_least(0.0),
-        text="guidance of sampling; training draws it from [0, 8]")
-    teacher_steps: int = flag(32, type=COUNT, metavar="K",
+        text="guidance for sampling; training draws it from [0, 8]")
+    teacher_steps: int = flag(32, type=at_least(2), metavar="K",
         text="sampling steps of the teacher that count as its full quality")
     steps: tuple[int, ...] = flag((2, 3, 4, 6, 8), type=COUNT, nargs="+", metavar="N",
         text="numbers of steps to validate, calibrate and compare, besides --student-steps")
 
     iterations: int = flag(3000, type=COUNT, group="training", text="optimizer steps")
-    batch: int = flag(8, type=COUNT, text="pairs in a pass through the network")
-    accumulate: int = flag(1, type=COUNT, metavar="K", text="passes in an optimizer step")
-    learning_rate: float = flag(2e-5, type=at_least(1e-9), text="of AdamW")
-    warmup: int = flag(0, type=at_least(0), metavar="K", text="iterations until that rate")
+    batch: int = flag(8, type=COUNT, text="pairs per forward pass, in each process")
+    accumulate: int = flag(1, type=COUNT, metavar="K",
+        text="passes per optimizer step, in each process")
+    learning_rate: float = flag(2e-5, type=at_least(1e-9), text="learning rate of AdamW")
+    warmup: int = flag(0, type=at_least(0), metavar="K",
+        text="iterations of linear learning-rate warm-up")
     rank: int = flag(64, type=COUNT, text="rank of the LoRA")
     layers: str = flag("blocks", choices=("blocks", "all"), text="linear layers that get a LoRA:"
         " those inside the blocks, which every tool can load, or all")
@@ -132,10 +141,10 @@ class Settings:
     quantize: str | None = flag(None, choices=("int8",),
         text="keep the frozen weights in int8, at half the size; needs torchao")
     seed: int = flag(0, type=at_least(0, high=2**63 - 1), text="seed of every random number")
-    validate_every: int = flag(100, type=COUNT, metavar="K", text="iterations")
-    checkpoint_every: int = flag(100, type=COUNT, metavar="K", text="iterations")
-    stop_when_matched: bool = flag(False, action="store_true",
-        text="stop training when lam* reaches 1.05 or stalls")
+    validate_every: int = flag(100, type=COUNT, metavar="K", text="validate every K iterations")
+    checkpoint_every: int = flag(100, type=COUNT, metavar="K", text="save every K iterations")
+    stop_when_matched: bool = flag(False, action="store_true", text="stop training when lam*, the"
+        " best scale of the LoRA, falls to 1.05 or stalls, and the student beats the teacher")
     # fmt: on
 
     given: frozenset[str] = frozenset()  # names of the settings that the command line gave
@@ -146,18 +155,22 @@ class Settings:
         return sorted({*self.steps, self.student_steps})
 
 
-# What of the settings --sample obeys, and what determines the weights that training ends with.
+# Settings that --sample uses; settings that determine the trained weights.
 OF_SAMPLING = {"model", "out", "sample", "student_steps", "resolution", "guidance", "shift",
                "seed", "batch", "quantize", "text_tokens"}  # fmt: skip
 OF_TRAINING = (
     "resolution", "text_tokens", "student_steps", "paper", "shift_range", "iterations", "batch",
-    "accumulate", "learning_rate", "warmup", "rank", "layers", "quantize", "seed",
+    "learning_rate", "warmup", "rank", "layers", "quantize", "seed",
     "stop_when_matched",
 )  # fmt: skip
 
 
 def make_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    title = __doc__.splitlines()[0]
+    phases = "A run caches, trains, calibrates and compares. The same command resumes it."
+    parser = ArgumentParser(
+        description=f"{title}\n\n{phases}", formatter_class=RawDescriptionHelpFormatter
+    )
     for setting in fields(Settings):
         options = dict(setting.metadata)
         if not options:
@@ -185,20 +198,21 @@ def parse(argv: list[str] | None) -> Settings:
     complaint = wrong_combination(settings)
     if complaint:
         parser.error(complaint)
-    try:
-        settings.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out {settings.out}: {error.strerror}: give another --out")
+    if not settings.sample:
+        try:
+            settings.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--out {settings.out}: {error.strerror}: give another --out")
     return settings
 
 
 def wrong_combination(settings: Settings) -> str | None:
-    """What is wrong with flags that are right by themselves. No flag is ignored in silence."""
+    """What is wrong with the combination of flags, or None. No flag is silently ignored."""
     if settings.sample:
         useless = sorted(settings.given - OF_SAMPLING)
         if useless:
             flags = ", ".join("--" + name.replace("_", "-") for name in useless)
-            return f"--sample only renders, and {flags} would change nothing: leave that out"
+            return f"--sample only renders, and {flags} has no effect there: remove it"
         for prompt in settings.sample:
             option = OPTION.search(prompt)
             if option:
@@ -206,10 +220,13 @@ def wrong_combination(settings: Settings) -> str | None:
     low, high = settings.shift_range
     if low > high:
         return f"--shift-range {low:g} {high:g}: give the lower end first"
-    most = settings.teacher_steps // 2
-    if settings.student_steps > most and not settings.paper and not settings.sample:
+    most = settings.teacher_steps // 2  # a student of more steps has nothing to gain
+    if settings.student_steps > most and not settings.sample:
         return (f"--student-steps {settings.student_steps} must be at most {most}, half of"
                 " --teacher-steps")  # fmt: skip
+    if max(settings.steps) > settings.teacher_steps:
+        return (f"--steps {max(settings.steps)} must be at most --teacher-steps"
+                f" {settings.teacher_steps}, with which all are compared")  # fmt: skip
     if settings.warmup > settings.iterations:
         return (f"--warmup {settings.warmup} ends after the last of --iterations"
                 f" {settings.iterations}, so --learning-rate is never reached: give a shorter"
@@ -226,6 +243,12 @@ def wrong_combination(settings: Settings) -> str | None:
 
 
 OPTION = re.compile(r"(?<!\S)--[A-Za-z]\S*")  # in prompts for other tools: --w 1024, --ar 16:9
+
+
+def listed(numbers) -> str:
+    """2, 3 or 4"""
+    *others, last = map(str, sorted(numbers))
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def no_options(option: re.Match) -> str:
@@ -250,7 +273,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-if "ipykernel" not in sys.modules:  # a notebook's backend stays in the notebook: no figure needs it
+if "ipykernel" not in sys.modules:  # figures need no backend; a notebook keeps its own
     os.environ.pop("MPLBACKEND", None)
 from matplotlib.figure import Figure
 from PIL import Image
@@ -265,7 +288,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# At their usual verbosity they advise packages that Flux can do without.
+# By default these libraries recommend packages that Flux does not need.
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from accelerate import PartialState
@@ -285,6 +308,9 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 import shortcut as sc
 
+if signal.getsignal(signal.SIGINT) is stop_before_main:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 # The backward pass of cuDNN's attention, which PyTorch 2.11 and newer prefer on H100 and H200,
 # gives wrong gradients there: finite and 800 times too large, or NaN. It is switched off here, so
 # that this holds for everybody who calls the network through this module.
@@ -297,8 +323,8 @@ OUTPUTS = (
     "README.md", "log.csv", "results.json", "costs.json", "training.png", "comparison.png",
 )  # fmt: skip
 VERSION = 3  # of training and of the files: a run of another version is not resumed
-SMALLER = """what helps, in this order: --recompute-every 1, --batch 4 \
---accumulate 2 (down to --batch 1), --rank 16, --quantize int8, --resolution 256"""
+LESS_MEMORY = """what helps, in this order: --recompute-every 1, --batch 4 --accumulate 2 (down to \
+--batch 1), --rank 16, --quantize int8, --resolution 256; all but the first need another --out"""
 LOWER_RATE = "distil with a lower --learning-rate in another --out"
 
 # --------------------------------------------------------------------------------------------- main
@@ -314,9 +340,12 @@ def main(argv: list[str] | None = None) -> None:
             else:
                 distil(settings, machine)
     except KeyboardInterrupt:
+        if settings.sample:
+            die("stopped; images that were printed are whole")
         die(f"stopped; what is in --out {settings.out} is kept, and the same command resumes")
     except torch.OutOfMemoryError:
-        die(f"out of GPU memory; {SMALLER}. What is done is kept")
+        advice = "give --batch 1, or a lower --resolution" if settings.sample else LESS_MEMORY
+        die(f"out of GPU memory; {advice}. Finished work is kept")
     except OSError as error:
         die(in_words(error, settings.out))
     except RuntimeError as error:
@@ -348,8 +377,8 @@ def distil(settings: Settings, machine: "Machine") -> None:
                 write_text(run.out / "README.md", card(results, run.out, machine))
                 write_text(run.out / "results.json", json.dumps(results, indent=1) + "\n")
     if machine.lead:
-        print(f"RMSE of latents / PSNR of images to {settings.teacher_steps} teacher steps,"
-              " held-out prompts:")  # fmt: skip
+        print("RMSE of latents / PSNR of images, compared with the teacher's"
+              f" {settings.teacher_steps} steps, held-out prompts:")  # fmt: skip
         print(markdown(results), results["adapter"]["note"], sep="\n")
         print(f"adapter, model card (README.md), images and tables in {run.out}/")
 
@@ -377,12 +406,12 @@ def finished(run: "Run") -> dict | None:
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run's files are, and what tells it from others."""
+    """Paths and identity of a run."""
 
     out: Path
     base_model: str  # its name, without a path of this machine
     settings: dict  # all that determines the weights after training
-    key: str  # of those settings, and of what calibration and comparison use besides
+    key: str  # of those settings, and of what calibration and comparison use in addition
 
     @property
     def lora(self) -> Path:
@@ -400,17 +429,22 @@ class Run:
         return all(read_metadata(path).get("key") == self.key for path in (self.lora, self.check))
 
 
+OTHER = {"model": "another model", "data": "other training data",
+         "held_out": "other held-out prompts"}  # fmt: skip
+
+
 def identify(settings: Settings, model: "Model", data: "Data") -> Run:
     """The run that these settings mean; ends if --out holds another."""
+    sampling = {name: getattr(settings, name)
+                for name in ("shift", "guidance", "noises", "teacher_steps")}  # fmt: skip
+    sampling["held_out"] = digest(data.held_out)
     identity = {"version": VERSION, "model": model.fingerprint, "data": data.fingerprint}
     identity |= {name: getattr(settings, name) for name in OF_TRAINING}
-    identity["accumulate"] *= model.machine.processes
-    sampling = [settings.shift, settings.guidance, data.held_out, settings.noises,
-                settings.teacher_steps]  # fmt: skip
+    identity["passes"] = settings.accumulate * model.machine.processes
     if settings.stop_when_matched:  # then these decide when training ends
-        identity["stop"] = [*sampling, settings.validate_every]
+        identity |= sampling | {"validate_every": settings.validate_every}
     identity = json.loads(json.dumps(identity))  # as it will be read from a file
-    key = digest([identity, *sampling, settings.all_steps])
+    key = digest([identity, sampling, settings.all_steps])
     run = Run(settings.out, model.base_model, identity, key)
     for path in filter(Path.exists, (run.state, run.lora)):
         found = read_metadata(path).get("settings")
@@ -419,8 +453,9 @@ def identify(settings: Settings, model: "Model", data: "Data") -> Run:
             die(f"{path} {what}: move it away to recreate it, or give another --out")
         others = []
         for name, value in identity.items():
-            if found.get(name) != value:
-                others.append(f"{name} {found.get(name)}, now {value}")
+            if found.get(name) == value:
+                continue
+            others.append(OTHER.get(name, f"{name} {found.get(name)}, now {value}"))
         if others:
             die(f"--out {run.out} holds a run of other settings ({'; '.join(others)}): repeat"
                 " them, give another --out, or delete it")  # fmt: skip
@@ -439,10 +474,9 @@ class Machine:
         self.process = state.process_index
         self.processes = state.num_processes
         self.lead = state.is_main_process  # the one that validates and writes
-        self.card = max(state.local_process_index, 0)
 
     def add_up(self, *tensors: Tensor) -> None:
-        """Sum each tensor over all processes, in place; none resumes before all are here."""
+        """Sum each tensor over all processes, in place; a barrier."""
         if self.processes == 1:
             return
         with self.name_lost_process():
@@ -452,13 +486,13 @@ class Machine:
                 torch.cuda.synchronize()
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process; none resumes before all are here."""
+        """Whether the flag is set in any process; a barrier."""
         flags = torch.tensor([int(flag)], device=self.device)
         self.add_up(flags)
         return flags.item() > 0
 
     def wait(self) -> None:
-        """None resumes before all are here."""
+        """A barrier: no process goes on before all are here."""
         self.any(False)
 
     def collect(self, items: list) -> list:
@@ -473,8 +507,11 @@ class Machine:
         try:
             yield
         except RuntimeError as error:
-            die(f"process {self.process} lost another one ({type(error).__name__}); the same"
-                " command resumes from the last checkpoint")  # fmt: skip
+            # Said at once: torchrun is about to end this process, too.
+            print(f"flux_distill.py: process {self.process} lost another one"
+                  f" ({type(error).__name__}); the same command resumes from the last checkpoint",
+                  file=sys.stderr, flush=True)  # fmt: skip
+            raise SystemExit(1) from None
 
     def progress(self, items, text: str, **options):
         """A progress bar over the items, shown by one process."""
@@ -482,16 +519,16 @@ class Machine:
         return tqdm(items, text, **options | quiet)
 
     def memory(self) -> float:
-        """Bytes of this process's card, or of a machine without; inf where none can be told."""
+        """Bytes of this process's GPU, or of a machine without one; inf if unknown."""
         if self.device == "cuda":
-            return torch.cuda.get_device_properties(self.card).total_memory
+            return torch.cuda.get_device_properties("cuda").total_memory
         try:
             return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (AttributeError, ValueError, OSError):  # Windows
             return math.inf
 
     def peak_memory(self) -> float | None:
-        """GiB that were taken at most since the phase began; None without a GPU."""
+        """Peak GPU memory in GiB since the phase began; None without a GPU."""
         return torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else None
 
     def describe(self) -> dict[str, str]:
@@ -507,6 +544,23 @@ def digest(value) -> str:
 def keyed(*key) -> torch.Generator:
     """A generator for each key: no draw depends on what was drawn before, or on which machine."""
     return torch.Generator().manual_seed(int(digest(key)[:15], 16))
+
+
+def stacked(entries: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
+
+
+def in_batches(size: int, call: Callable[..., Tensor], *tensors: Tensor, **cond: Tensor) -> Tensor:
+    """call(*tensors, **cond) on at most `size` rows at a time."""
+    rows = len(tensors[0])
+    if rows <= size:
+        return call(*tensors, **cond)
+    parts = []
+    for start in range(0, rows, size):
+        part = slice(start, start + size)
+        of_part = {name: value[part] for name, value in cond.items()}
+        parts.append(call(*(x[part] for x in tensors), **of_part))
+    return torch.cat(parts)
 
 
 def rms(x: Tensor) -> float:
@@ -535,7 +589,7 @@ class Flux:
     def refusal(config: dict) -> str | None:
         """Why a transformer with this config can't be distilled."""
         if not config.get("guidance_embeds"):
-            return "takes no guidance: FLUX.1-schnell and its like sample in 4 steps already"
+            return "takes no guidance: models like FLUX.1-schnell sample in 4 steps already"
         return None
 
     @staticmethod
@@ -621,7 +675,7 @@ class Flux:
         return unpack(v.float(), height, width)
 
     @staticmethod
-    def sample(pipe: FluxPipeline, noise: Tensor, steps: int, cond: dict[str, Tensor]) -> Tensor:
+    def sample(pipe: FluxPipeline, steps: int, noise: Tensor, **cond: Tensor) -> Tensor:
         """Latents (B, C, H, W) in float32 that the stock pipeline makes of noise."""
         height, width = noise.shape[2] // 2, noise.shape[3] // 2
         latents = pipe(
@@ -660,7 +714,7 @@ REFUSALS = (  # the first that fits an error on the way to a model
     (PermissionError, "has files, here or in the Hub's"
      " cache, that you are not allowed to read or write: correct their permissions"),
     ((hub.EntryNotFoundError, FileNotFoundError, ValueError, KeyError, TypeError),
-     "is not a whole diffusers pipeline: it needs a model_index.json, transformer/ and vae/"),
+     "is not a complete diffusers pipeline: it needs a model_index.json, transformer/ and vae/"),
     (Exception, "can't be reached: go online, or give a folder"),  # whatever networks come up with
 )  # fmt: skip
 
@@ -695,8 +749,8 @@ class Model:
             words = next(words for kinds, words in REFUSALS if issubclass(kind_of_error, kinds))
             die(f"--model {name} {words.format(name)}")
         if self.family is None:
-            die(f"--model {name} is a {kind}: this distils a FluxPipeline, FLUX.1-dev or a tune of"
-                " it")  # fmt: skip
+            die(f"--model {name} is a {kind}: this distils a FluxPipeline, FLUX.1-dev or a"
+                " fine-tune of it")  # fmt: skip
         refusal = self.family.refusal(self.config)
         if refusal:
             die(f"--model {name} {refusal}")
@@ -776,12 +830,7 @@ def stock_sample(
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
         pipe.scheduler.config, use_dynamic_shifting=False, shift=shift
     )
-    parts = []
-    for i in range(0, len(noise), batch):
-        rows = slice(i, i + batch)
-        part = {name: value[rows] for name, value in cond.items()}
-        parts.append(model.family.sample(pipe, noise[rows], steps, part))
-    return torch.cat(parts)
+    return in_batches(batch, partial(model.family.sample, pipe, steps), noise, **cond)
 
 
 def check_memory(settings: Settings, model: Model) -> None:
@@ -814,31 +863,45 @@ def check_memory(settings: Settings, model: Model) -> None:
     need = base + activations + lora * (4 * vectors + 2 * width)
     have = machine.memory()
     if need > have:
-        die(f"training needs about {need / 2**30:.0f} GiB of {have / 2**30:.0f} GiB; {SMALLER}")
+        die(f"training needs about {need / 2**30:.0f} GiB of {have / 2**30:.0f} GiB; {LESS_MEMORY}")
 
 
 # ------------------------------------------------------------------------------- data and cache
 
-PROMPTS = """a red fox asleep in fresh snow, soft morning light; a bowl of ramen, seen from above
-an old fisherman mending a net, black and white; a lighthouse on a cliff in a storm, oil painting
-a hand-painted shop sign that says "FRESH BREAD"; a city street at night in the rain, neon lights
-an astronaut playing chess with a cat, watercolour; a glass teapot with blooming tea, macro
-a crowd at a summer music festival, wide angle; a tiny library with a spiral stair, isometric
-a hummingbird at a purple flower, wings blurred; a knight in worn armour under a cherry tree
-a yellow taxi before a white brick wall; a map of an imaginary island, ink on old paper
-two children running along a beach at sunset; a green sports car on a mountain pass, motion blur
-a cup of coffee beside an open notebook; a dragon made of origami paper on a desk
-an elderly woman laughing, close-up, natural light; a wooden cabin by a lake under the Milky Way
-a corgi in a raincoat jumping over a puddle; a marble statue overgrown with ivy in a ruined temple
-a robot watering plants on a balcony, pencil drawing; a plate of strawberries, still life"""
+PROMPTS = """\
+a red fox asleep in fresh snow, soft morning light
+a bowl of ramen, seen from above
+an old fisherman mending a net, black and white
+a lighthouse on a cliff in a storm, oil painting
+a hand-painted shop sign that says "FRESH BREAD"
+a city street at night in the rain, neon lights
+an astronaut playing chess with a cat, watercolour
+a glass teapot with blooming tea, macro
+a crowd at a summer music festival, wide angle
+a tiny library with a spiral stair, isometric
+a hummingbird at a purple flower, wings blurred
+a knight in worn armour under a cherry tree
+a yellow taxi before a white brick wall
+a map of an imaginary island, ink on old paper
+two children running along a beach at sunset
+a green sports car on a mountain pass, motion blur
+a cup of coffee beside an open notebook
+a dragon made of origami paper on a desk
+an elderly woman laughing, close-up, natural light
+a wooden cabin by a lake under the Milky Way
+a corgi in a raincoat jumping over a puddle
+a marble statue overgrown with ivy in a ruined temple
+a robot watering plants on a balcony, pencil drawing
+a plate of strawberries, still life"""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What is trained on: a caption, and an image or, for None, what the teacher makes of it."""
+    """A caption and an image; None: the teacher generates it."""
 
-    text: int  # its place in Data.texts
+    text: int  # the caption's place in Data.texts
     image: Path | None
+    number: int  # among all prompts or images: it is the key of the noise
 
 
 @dataclass(frozen=True)
@@ -873,8 +936,15 @@ def read_data(settings: Settings, model: Model) -> Data:
         drawn = [settings.seed, settings.shift_range, settings.quantize, settings.teacher_steps,
                  model.family.pool_guidance]  # fmt: skip
         found = [(None, text, [text, i, *drawn]) for i, text in enumerate(prompts)]
-    secret = {text.casefold() for text in held_out}
-    found = [(image, text, item) for image, text, item in found if text.casefold() not in secret]
+    held_out_texts = {text.casefold() for text in held_out}
+    kept = []
+    for number, (image, text, item) in enumerate(found):
+        if text.casefold() not in held_out_texts:
+            kept.append((number, image, text, item))
+    if settings.images and machine.lead and len(kept) < len(found):
+        left_out = found[len(kept) :]  # as many
+        print(f"left out {counted(left_out, 'image')}: the caption is a held-out prompt")
+    found = kept
     if machine.lead and settings.limit > len(found) > 0:
         print(f"--limit {settings.limit} is more than the {len(found)} pairs there are: all are"
               " used")  # fmt: skip
@@ -882,27 +952,27 @@ def read_data(settings: Settings, model: Model) -> Data:
     if not found:  # with prompts alone read_prompts has seen to it
         die(f"every caption in --images {settings.images} is also one of the {len(held_out)}"
             " held-out prompts: give --prompts a file that ends with other lines")  # fmt: skip
-    texts = list(dict.fromkeys([*held_out, *(text for _, text, _ in found)]))
+    texts = list(dict.fromkeys([*held_out, *(text for _, _, text, _ in found)]))
     places = {text: i for i, text in enumerate(texts)}
     third = max(1, len(held_out) // 3)
     return Data(
         texts=texts,
-        pairs=[Pair(places[text], image) for image, text, _ in found],
+        pairs=[Pair(places[text], image, number) for number, image, text, _ in found],
         held_out=held_out,
         validation=list(range(third)),
         comparison=list(range(third, len(held_out))),
         text_keys=[
             digest([model.fingerprint, machine.device, settings.text_tokens, t]) for t in texts
         ],
-        latent_keys=[latent_key(item) for _, _, item in found],
-        fingerprint=digest([item for _, _, item in found]),
+        latent_keys=[latent_key(item) for *_, item in found],
+        fingerprint=digest([item for *_, item in found]),
     )
 
 
 def read_prompts(file: Path | None, held_out: int, needs_more: bool) -> tuple[list[str], list[str]]:
     """All prompts, and the last `held_out` different ones; needs_more: there must be others.
 
-    Blank lines and lines that start with # are no prompts.
+    Blank lines and lines that start with # are skipped.
     """
     if file:
         source = f"--prompts {file}"
@@ -911,7 +981,7 @@ def read_prompts(file: Path | None, held_out: int, needs_more: bool) -> tuple[li
             lines = file.read_text("utf-8-sig").splitlines()
     else:
         source = "the built-in list"
-        lines = PROMPTS.replace("; ", "\n").splitlines()
+        lines = PROMPTS.splitlines()
     prompts = []
     for number, line in enumerate(map(tidy, lines), 1):
         if line and not line.startswith("#"):
@@ -919,13 +989,16 @@ def read_prompts(file: Path | None, held_out: int, needs_more: bool) -> tuple[li
             if option:
                 die(f"{source}, line {number} {no_options(option)}")
             prompts.append(line)
-    different = len({prompt.casefold() for prompt in prompts})
+    distinct = {}
+    for prompt in prompts:
+        distinct.setdefault(prompt.casefold(), prompt)
+    different = len(distinct)
     needed = held_out + needs_more
     if different < needed:
         die(f"{source} has {different} different prompts, upper and lower case being the same, and"
             f" --held-out {held_out} needs {needed}: give --prompts a longer file, or give a"
             " smaller --held-out")  # fmt: skip
-    return prompts, list(dict.fromkeys(prompts))[-held_out:]
+    return prompts, list(distinct.values())[-held_out:]
 
 
 def tidy(text: str) -> str:
@@ -959,7 +1032,7 @@ def read_images(
         notes.append(f"kept {counted(flat, 'image')} of one value all over ({some(flat)}): remove"
                      " what should not be trained on")  # fmt: skip
     if machine.lead and skipped:
-        print(f"skipped {len(skipped)}, kept {len(found)} images; mend these to use them:")
+        print(f"skipped {len(skipped)}, kept {len(found)} images; fix these to use them:")
         print("  " + some(skipped, "\n  "))
     if machine.lead and notes:
         print(*notes, sep="\n")
@@ -1051,7 +1124,7 @@ class ImageFile:
 
 
 def look_at(path: Path, caption: str, is_cached: Callable[[list], bool]) -> ImageFile:
-    """What there is to say of an image; one whose latents are cached is not opened."""
+    """Check an image; one whose latents are cached is not opened."""
     image = ImageFile(path)
     try:
         image.fingerprint = fingerprint(path)
@@ -1059,17 +1132,20 @@ def look_at(path: Path, caption: str, is_cached: Callable[[list], bool]) -> Imag
             pixels = open_image(path, 64)
             spread = pixels.amax((2, 3)) - pixels.amin((2, 3))
             image.flat = spread.max().item() < 3 / 255  # of [-1, 1]: about one of 255 levels
-    except Exception as error:  # Pillow's readers raise whatever they stumble over
+    except Exception as error:  # Pillow raises exceptions of many kinds
         image.fault = str(error) or type(error).__name__
     return image
 
 
 def fingerprint(path: Path) -> list:
-    """Tells a file from another: its size and a hash of 16 pieces of it."""
+    """Identify a file by its size and a hash of 256 evenly spaced pieces, 16 MiB in all."""
     size = path.stat().st_size
+    found = hashlib.sha256()
     with open(path, "rb") as file:
-        pieces = [file.read(2**19) for k in range(16) if file.seek(size * k // 16) >= 0]
-    return [size, hashlib.sha256(b"".join(pieces)).hexdigest()]
+        for k in range(256):
+            file.seek(size * k // 256)
+            found.update(file.read(2**16))
+    return [size, found.hexdigest()]
 
 
 def open_image(path: Path, resolution: int) -> Tensor:
@@ -1102,11 +1178,8 @@ def eight_bits(image: Image.Image) -> Image.Image:
     low, high = values.min(), values.max()
     if not np.isfinite(low + high):
         raise ValueError("it has NaN or infinity among its values")
-    whites, slack = [65535], 0.0
-    if image.mode == "I":
-        whites = [255, 65535, 2**31 - 1]
-    if image.mode == "F":
-        whites, slack = [1, 255, 65535], 0.25
+    whites = {"I": (255, 65535, 2**31 - 1), "F": (1, 255, 65535)}.get(image.mode, (65535,))
+    slack = 0.25 if image.mode == "F" else 0.0
     white = next((white for white in whites if high <= (1 + slack) * white), 0)
     if not white or low < -slack * white:
         raise ValueError(f"its values run from {low:g} to {high:g}: save it with 8 or 16 bits")
@@ -1121,7 +1194,7 @@ def cache_file(out: Path, kind: str, key: str) -> Path:
 class Cache:
     """What networks are fed with: embeddings of all texts, latents of all pairs, noise.
 
-    Embeddings and latents are in a file each. What is returned is on the device.
+    Embeddings and latents are in a file each. What is read is on the CPU, the rest on the device.
     """
 
     def __init__(self, settings: Settings, model: Model, data: Data):
@@ -1137,6 +1210,10 @@ class Cache:
     def is_whole(self, kind: str, i: int) -> bool:
         return read_metadata(self.path(kind, i)).get("key") == self.keys[kind][i]
 
+    def is_complete(self, kind: str) -> bool:
+        """Whether all files of this kind are there."""
+        return all(self.path(kind, i).exists() for i in range(len(self.keys[kind])))
+
     def write(self, kind: str, i: int, tensors: dict[str, Tensor]) -> None:
         write_tensors(self.path(kind, i), tensors, {"key": self.keys[kind][i]})
 
@@ -1148,8 +1225,7 @@ class Cache:
             if not all(tensor.isfinite().all() for tensor in entry.values()):
                 die(f"{path} holds NaN or infinity: if its text or image is sound, delete it to"
                     " recreate it; else leave that pair out")  # fmt: skip
-        stacked = {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
-        return {name: tensor.to(self.machine.device) for name, tensor in stacked.items()}
+        return stacked(entries)
 
     def latent(self, i: int) -> Tensor:
         """Latent (C, H, W) of a pair."""
@@ -1157,8 +1233,9 @@ class Cache:
 
     def conditions(self, texts, guidance: float | Tensor) -> dict[str, Tensor]:
         """All that the family's velocity takes besides x and t, for texts at these places."""
-        guidance = torch.as_tensor(guidance).expand(len(texts))
-        return self.read("text", texts) | {"guidance": guidance.to(self.machine.device)}
+        cond = self.read("text", texts)
+        cond["guidance"] = torch.as_tensor(guidance).expand(len(texts))
+        return {name: value.to(self.machine.device) for name, value in cond.items()}
 
     def noise(self, keys: list[tuple]) -> Tensor:
         """Noise (B, C, H, W), a draw for each key."""
@@ -1192,7 +1269,7 @@ def fill_cache(settings: Settings, cache: Cache) -> None:
     def sample_teacher(places: range) -> list[dict[str, Tensor]]:
         teacher = partial(family.velocity, model.load("image").transformer)
         cond = cache.conditions([data.pairs[i].text for i in places], family.pool_guidance)
-        noise = cache.noise([("pool", i) for i in places])
+        noise = cache.noise([("pool", data.pairs[i].number) for i in places])
         times = sc.time_grid(settings.teacher_steps, sum(settings.shift_range) / 2)
         latents = sc.euler_sample(teacher, noise, times.to(machine.device), **cond)
         return [{"latent": latent} for latent in latents]
@@ -1215,6 +1292,9 @@ def fill_cache(settings: Settings, cache: Cache) -> None:
                     cache.write(kind, i, tensors)
             made += missing
         machine.wait()
+        if not cache.is_complete(kind):  # others made the rest; latents are made from the texts
+            die(f"--out {settings.out} is not one folder for all machines: put it on a disk they"
+                " share")  # fmt: skip
         return made
 
     texts = [data.texts[i] for i in fill("text", encode_texts)]
@@ -1303,7 +1383,7 @@ class RotaryCache(torch.nn.Module):
 
 
 class LoRA:
-    """A LoRA on a frozen transformer, which takes on one set of weights after another.
+    """A LoRA on a frozen transformer; its weights can be swapped.
 
     A set is one float32 vector (P,): A of every layer, then B of every layer. Loading it is one
     copy, next to nothing compared with a network call. None stands for the teacher.
@@ -1386,18 +1466,11 @@ class LoRA:
         --batch are split, for calls without a backward.
         """
 
-        def velocity(x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-            if len(x) > self.batch:
-                parts = []
-                for i in range(0, len(x), self.batch):
-                    rows = slice(i, i + self.batch)
-                    part = {name: value[rows] for name, value in cond.items()}
-                    parts.append(velocity(x[rows], t[rows], **part))
-                return torch.cat(parts)
+        def call(x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
             self.use(weights, scale)
             return self.family.velocity(self.net, x, t, dtype, **cond)
 
-        return velocity
+        return partial(in_batches, self.batch, call)
 
     def move_gradients(self, student: Tensor, fraction: float) -> None:
         """Add a fraction of the LoRA's gradients to the student's, in float32, and clear them."""
@@ -1425,7 +1498,7 @@ class LoRA:
 
     @contextmanager
     def in_float32(self):
-        """Layers compute in float32, each converted for its call alone: 24 GB stay 24 GB."""
+        """Compute in float32, converting one layer at a time: 24 GB stay 24 GB."""
         narrow = {}
 
         def widen(module, inputs):
@@ -1491,7 +1564,8 @@ class TrainState:
         for name, weights in self.weights.items():
             weights.copy_(saved[name])
         self.rows, self.done, self.checks = (metadata[name] for name in ("rows", "done", "checks"))
-        moments = {name: saved[name].to(self.student.device) for name in MOMENTS}
+        # A copy: otherwise they would be the file itself, mapped into memory.
+        moments = {name: saved[name].to(self.student.device, copy=True) for name in MOMENTS}
         steps = torch.tensor(float(self.iteration))
         self.optimizer.state[self.student] = moments | {"step": steps}
         self.saved = self.iteration
@@ -1515,10 +1589,6 @@ def train_student(
     elif run.lora.exists():
         die(f"{run.lora} is finished, but {run.state} is gone: other settings of calibration and"
             " comparison need it. Give another --out, or delete it to train again")  # fmt: skip
-    count = torch.tensor([state.iteration], device=machine.device)
-    machine.add_up(count)
-    if count.item() != machine.processes * state.iteration:
-        die(f"--out {run.out} is not one folder for all machines: put it on a disk they share")
     pool = read_pool(cache)
     if not state.done:
         check_disk(run, state)
@@ -1538,7 +1608,7 @@ def read_pool(cache: Cache) -> Pool:
     """All pairs, (place of the text, latent (C, H, W)), by the shape of the latent; on the CPU."""
     pool = {}
     for i, pair in enumerate(cache.data.pairs):
-        latent = cache.latent(i).cpu()
+        latent = cache.latent(i)
         pool.setdefault(tuple(latent.shape), []).append((pair.text, latent))
     return pool
 
@@ -1546,9 +1616,9 @@ def read_pool(cache: Cache) -> Pool:
 def train(
     settings: Settings, cache: Cache, pool: Pool, lora: LoRA, state: TrainState
 ) -> Iterator[int]:
-    """Train as toy_2d.py does; yields after each optimizer step how many there were.
+    """Train the student; yields the number of the iteration after each optimizer step.
 
-    On a resumed run the last step before comes first: what follows a step may be missing.
+    A resumed run first yields the iteration that it resumes from, as its validation may be missing.
     """
     config, machine = windows_of(settings), cache.machine
     passes = settings.accumulate * machine.processes  # for one optimizer step
@@ -1560,7 +1630,7 @@ def train(
         iteration = state.iteration + 1
         # --paper: passes share U, evenly spread, with as many teacher rows as one large batch.
         U = torch.rand(1, generator=keyed(settings.seed, "fraction", iteration)).item()
-        logged = torch.zeros(4, device=machine.device)
+        sums, counts = torch.zeros(2, 4, device=machine.device)  # of loss and log, over passes
         for number in range(machine.process, passes, machine.processes):
             generator = keyed(settings.seed, "train", iteration, number)
             x_0, noise, cond = draw_batch(settings, cache, pool, generator)
@@ -1568,11 +1638,15 @@ def train(
             loss, log = loss_of(config, lora, state, x_0, noise, cond, U_of_pass, generator)
             loss.backward()
             lora.move_gradients(student, 1 / passes)
-            logged += torch.stack([loss.detach(), *log.values()]) / passes
-        machine.add_up(logged, student.grad)
+            values = torch.stack([loss.detach(), *log.values()])
+            exists = ~values.isnan()  # nan: the loss of rows that this pass had none of
+            exists[0] = True
+            sums += torch.where(exists, values, 0)
+            counts += exists
+        machine.add_up(sums, counts, student.grad)
 
         norm = torch.nn.utils.clip_grad_norm_(student, 10.0).item()
-        loss = logged[0].item()
+        loss, *logged = (sums / counts).tolist()
         if not math.isfinite(loss + norm):
             die(f"iteration {iteration}: loss {loss}, gradient norm {norm}. Stopped, the last"
                 " checkpoint is kept; try a lower --learning-rate or a longer --warmup in another"
@@ -1585,8 +1659,8 @@ def train(
             sc.update_ema([state.weights[name]], [student], sc.warm_up(decay, iteration))
 
         row = {"iteration": iteration, "loss": loss}
-        for name, value in zip(log, logged[1:].tolist()):
-            if not math.isnan(value):  # as it is for rows that there are none of
+        for name, value in zip(log, logged):
+            if not math.isnan(value):  # no pass had such rows
                 row[name] = value
         state.rows.append(row | {"gradient_norm": norm, "learning_rate": rate})
         state.seconds = time.perf_counter() - began
@@ -1646,7 +1720,7 @@ def watch(
 
     Validations take long, so the step is saved before: a resumed run begins with what is due.
     """
-    third = state.iteration + 3  # from here on, it can be told what is to come
+    third = state.iteration + 3  # the first iterations are slower, so the third is timed
     bar = machine.progress(
         steps, "train", initial=max(state.iteration - 1, 0), total=settings.iterations
     )
@@ -1661,10 +1735,11 @@ def watch(
             stop = machine.any(bool(asked))
             wanted = due or stop or iteration % settings.checkpoint_every == 0
             if machine.lead and wanted and iteration > state.saved:
+                write_log(run.out, state.rows)
                 state.save(run)
                 costs.save()
             if stop:
-                machine.any(stop)  # wait for the one that saves
+                machine.wait()  # for the one that saves
                 die(f"stopped after iteration {iteration}; the same command resumes there")
             if not due or "rmse" in state.rows[-1]:
                 continue
@@ -1699,7 +1774,8 @@ def validate(
     words = verdict(settings, row)
     if 2 * iteration >= settings.iterations and not lost and "ALARM" in words:
         tqdm.write(f"iteration {iteration}: {words}")
-    write_log(settings, run.out, state.rows)
+    write_log(run.out, state.rows)
+    draw_log(settings, run.out, state.rows)
     is_matched = settings.stop_when_matched and has_matched(settings, state.rows)
     state.done = iteration == settings.iterations or is_matched
     return lost
@@ -1733,7 +1809,13 @@ def stop_now(*_):
 
 @contextmanager
 def on_stop(handler):
-    """Let stop signals call this. Those that are ignored stay so: nohup lets a run go on."""
+    """Let stop signals call this. Those that are ignored stay so, as under nohup.
+
+    In a thread that is not the main one, signals are left alone.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows lacks the last
     kinds = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before = {kind: signal.getsignal(kind) for kind in kinds}
@@ -1747,21 +1829,25 @@ def on_stop(handler):
             signal.signal(kind, old)
 
 
-def write_log(settings: Settings, out: Path, rows: list[dict]) -> None:
-    """log.csv, and training.png: losses, residual and lam* over the iterations."""
+def write_log(out: Path, rows: list[dict]) -> None:
+    """log.csv: a line for each iteration."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     with atomic(out / "log.csv") as part, open(part, "w", newline="") as file:
         writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
+
+def draw_log(settings: Settings, out: Path, rows: list[dict]) -> None:
+    """training.png: losses, residual and lam* over the iterations."""
     panels = {
-        "loss": ["teacher_loss", "self_loss"],
+        "loss": ["loss", "teacher_loss", "self_loss"],
         "|student - target| / |target|": ["residual"],
         "lam* of N steps; 1: matched, less: overshot": [f"lam_{n}" for n in settings.all_steps],
     }
     figure = Figure((13, 3.8), layout="constrained")
-    for axis, (title, names) in zip(figure.subplots(1, 3), panels.items()):
+    axes = figure.subplots(1, 3)
+    for axis, (title, names) in zip(axes, panels.items()):
         for name in names:
             drawn = [row for row in rows if math.isfinite(row.get(name, math.nan))]
             if drawn:
@@ -1769,7 +1855,7 @@ def write_log(settings: Settings, out: Path, rows: list[dict]) -> None:
                 axis.plot(x, y, ".-" if len(x) < 99 else "-", lw=0.9, label=name)
         axis.set(title=title, xlabel="iteration")
         axis.legend(frameon=False)
-    axis.axhline(1, color="black", lw=0.8)
+    axes[-1].axhline(1, color="black", lw=0.8)
     with atomic(out / "training.png") as part:
         figure.savefig(part, format="png", dpi=110)
 
@@ -1844,14 +1930,17 @@ class Validation:
 
     def report(self, weights: Tensor, path: Path) -> dict[str, float]:
         """What `measure` finds, for the log; draws the ends of teacher, student, many steps."""
-        ends = [self.coarse, self.end(weights, self.settings.student_steps), self.fine]
+        end = self.end(weights, self.settings.student_steps)
+        ends = [self.coarse, end, self.fine]
         model = self.cache.model
         pipe = model.load("image")
-        images = [model.family.decode(pipe, end[: len(self.texts)]) for end in ends]
-        draw(self.settings, images, self.texts, path)
-        return self.measure(weights, ends[1], self.settings.all_steps)
+        columns = min(len(self.texts), MOST_COLUMNS)
+        images = [model.family.decode(pipe, latents[:columns]) for latents in ends]
+        draw(self.settings, images, self.texts[:columns], path)
+        return self.measure(weights, end, self.settings.all_steps)
 
 
+MOST_COLUMNS = 8  # of an image that compares
 SCALES = (0.05, 8.0)  # of the LoRA, searched between these; one of them itself is no best scale
 
 
@@ -1876,7 +1965,7 @@ def verdict(settings: Settings, row: dict[str, float], has_scale: bool = True) -
         distances = f"in {N} steps its latents hold NaN or infinity"
     if has_diverged(settings, row):
         return f"ALARM, diverged student: {distances}; {LOWER_RATE}"
-    if lam < 0.8 and abs(student / teacher - 1) > 0.02:
+    if lam < 0.8 and abs(student - teacher) > 0.02 * teacher:
         way_out = "use its scale, or train shorter" if has_scale else "train shorter"
         return f"ALARM, overshot: lam* is {lam:.2f}; {distances}; {way_out}"
     if not student < 0.98 * teacher:
@@ -1915,9 +2004,8 @@ def device_errors(settings: Settings, cache: Cache, lora: LoRA) -> dict[str, flo
     """
     data, device = cache.data, cache.machine.device
     generator = keyed(settings.seed, "check device")
-    x_0 = cache.latent(0)[
-        None, :, :64, :64
-    ]  # plain attention takes memory by the square of the tokens
+    # Cropped: plain attention takes memory by the square of the tokens.
+    x_0 = cache.latent(0)[None, :, :64, :64].to(device)
     noise = torch.randn(x_0.shape, generator=generator).to(device)
     t = torch.full((1,), 0.5, device=device)  # which bfloat16 does not round, times 1000
     x_t = sc.interpolate(x_0, noise, t)
@@ -1965,11 +2053,11 @@ def device_errors(settings: Settings, cache: Cache, lora: LoRA) -> dict[str, flo
             for name, v, reference in zip(("teacher", "student"), ours, references):
                 found[name] = difference(v, reference)
     N, shift = settings.student_steps, settings.shift
-    rows, start = cache.held_out(data.validation[:1], "check")
+    cond, start = cache.held_out([0], "check")
     times = sc.time_grid(N, shift).to(device)
-    ours = sc.euler_sample(lora.velocity(None), start, times, **rows)
+    ours = sc.euler_sample(lora.velocity(None), start, times, **cond)
     lora.use(None)
-    stock = stock_sample(cache.model, start, N, rows, shift, settings.batch)
+    stock = stock_sample(cache.model, start, N, cond, shift, settings.batch)
     found["pipeline"] = difference(ours, stock)
     return found
 
@@ -2039,17 +2127,19 @@ def calibrate(settings: Settings, run: Run, validation: Validation, state: Train
 
 def no_scale(steps: list[int]) -> str:
     """Says for which numbers of steps the LoRA has no scale to recommend."""
-    *others, last = map(str, steps)
-    counts = f"{', '.join(others)} or {last}" if others else last
-    return (f"For {counts} steps no scale from {SCALES[0]:g} to {SCALES[1]:g} was best: 1 stands"
-            " in its place and is no recommendation")  # fmt: skip
+    low, high = SCALES
+    return (f"For {listed(steps)} steps no scale from {low:g} to {high:g} was best: 1 stands in"
+            " its place and is no recommendation")  # fmt: skip
 
 
 def read_adapter(out: Path) -> dict:
     """What the file of the saved LoRA says of it."""
     adapter = read_metadata(out / LORA)
     if not adapter:
-        die(f"there is no whole {LORA} in --out {out}: distil first, without --sample")
+        die(f"there is no complete {LORA} in --out {out}: distil first, without --sample")
+    if adapter["settings"].get("version") != VERSION:
+        die(f"{out / LORA} is from another version of this program: render with that version, or"
+            " distil again in another --out")  # fmt: skip
     adapter["scales"] = {int(n): scale for n, scale in adapter["scales"].items()}
     return adapter
 
@@ -2110,7 +2200,7 @@ def compare(settings: Settings, cache: Cache, run: Run) -> dict:
         if n == N:
             shown[sampler] = images
     rows = [shown["teacher"], shown["student, scaled"], fine_images]
-    texts = [data.texts[i] for i in data.comparison[:8]]
+    texts = [data.texts[i] for i in data.comparison[:MOST_COLUMNS]]
     draw(settings, rows, texts, run.out / "comparison.png")
     return {
         "table": table,
@@ -2159,15 +2249,16 @@ def render(settings: Settings, machine: Machine) -> None:
     encoded = [model.family.encode_text(pipe, text, length) for text in texts]
     name_cut_texts(settings, model, texts)
     load_student(model, out, adapter["scales"][settings.student_steps])
-    cond = {name: torch.stack([entry[name] for entry in encoded]) for name in encoded[0]}
+    cond = stacked(encoded)
     cond["guidance"] = torch.full((len(texts),), settings.guidance)
     noise = draw_noise(settings, model, [("sample", i) for i in range(len(texts))])
     latents = stock_sample(
         model, noise, settings.student_steps, cond, settings.shift, settings.batch
     )
+    made_how = f"-{settings.student_steps}-steps-{settings.resolution}-px-seed-{settings.seed}"
     for i, image in enumerate(model.family.decode(model.pipe, latents)):
         name = "".join(c if c.isalnum() else "-" for c in texts[i])[:60]
-        path = out / "samples" / f"{i:02d}-{name}.png"
+        path = out / "samples" / f"{i:02d}-{name}{made_how}.png"
         with atomic(path) as part:
             Image.fromarray((255 * image).round().byte().numpy()).save(part, "png")
         print(path)
@@ -2175,14 +2266,20 @@ def render(settings: Settings, machine: Machine) -> None:
 
 def follow_adapter(settings: Settings, adapter: dict) -> Settings:
     """Settings by which the LoRA was made, where no flag says otherwise."""
-    made_with = adapter | {"text_tokens": adapter["max_sequence_length"]}
-    names = {"student_steps", "resolution", "guidance", "shift", "text_tokens"} - settings.given
-    settings = replace(settings, **{name: made_with[name] for name in names})
+    made_with = {name: adapter[name]
+                 for name in ("student_steps", "resolution", "guidance", "shift")}  # fmt: skip
+    made_with["text_tokens"] = adapter["max_sequence_length"]
+    made_with["quantize"] = adapter["settings"]["quantize"]
+    for name in settings.given & made_with.keys():
+        del made_with[name]
+    settings = replace(settings, **made_with)
+    if settings.quantize and not find_spec("torchao"):
+        die(f"the adapter in --out {settings.out} is for an int8 base, which needs torchao: pip"
+            " install torchao")  # fmt: skip
     N = settings.student_steps
     if N not in adapter["scales"]:
-        *steps, last = map(str, sorted(adapter["scales"]))
         die(f"--student-steps {N}: the adapter in --out {settings.out} has scales for"
-            f" {', '.join(steps)} or {last} steps, give one of these")  # fmt: skip
+            f" {listed(adapter['scales'])} steps, give one of these")  # fmt: skip
     if N in adapter["uncalibrated"]:
         words = f"{no_scale([N])}: give another --student-steps"
         tqdm.write(words, file=sys.stderr)
@@ -2251,25 +2348,24 @@ def forecast(
     compare = call * (settings.teacher_steps + 3 * every_n) * validation.rows
     left = range(iteration + 1, settings.iterations + 1)
     due = [i for i in left if i % settings.validate_every == 0 or i == settings.iterations]
-    # The first lam* also follows the teacher's path, 17 calls a step.
-    training = len(left) * seconds + len(due) * validate + call * 17 * every_n
+    # The first lam* also follows the teacher's path, 16 calls a step.
+    training = len(left) * seconds + len(due) * validate + call * 16 * every_n
     end = datetime.now() + timedelta(seconds=training)
-    words = (f"{seconds:.3g} s an iteration; training takes {duration(training)} more, until"
-             f" {end:%a %H:%M}, with {len(due)} validations of {duration(validate)}; calibration"
-             f" then takes about {duration(calibrate)} and comparison"
-             f" {duration(compare)}")  # fmt: skip
+    validations = f"{counted(due, 'validation')} of {duration(validate)}"
+    words = (f"{seconds:.3g} s per iteration; training takes {duration(training)} more, until"
+             f" {end:%a %H:%M}, with {validations}; calibration then takes about"
+             f" {duration(calibrate)} and comparison {duration(compare)}")  # fmt: skip
     if machine.device != "cuda":
         return words
     peak, card = machine.peak_memory(), machine.memory() / 2**30
     words += f"; peak memory {peak:.1f} of {card:.1f} GiB"
     if peak > 0.95 * card:
-        words += f". ALARM: that is nearly all, and may not last; {SMALLER}"
+        words += f". ALARM: that is nearly all, and may not last; {LESS_MEMORY}"
     return words
 
 
 def check_disk(run: Run, state: TrainState) -> None:
-    """A checkpoint has its sets of weights and two moments in float32, the old one stays until
-    the new one is whole."""
+    """Ends if checkpoints don't fit on the disk; the old one stays until the new one is whole."""
     vectors = len(state.weights) + len(MOMENTS)
     files = 1 if run.state.exists() else 2
     need = 4e-9 * state.student.numel() * (vectors + 1) * files
@@ -2308,7 +2404,7 @@ def in_words(error: OSError, out: Path) -> str:
         return (f"you are not allowed to read or write {file}: correct its permissions, then the"
                 " same command resumes")  # fmt: skip
     reason = str(error.strerror or error).splitlines()[0]
-    return f"{file}: {reason}. Once that is mended, the same command resumes"
+    return f"{file}: {reason}. Once that is fixed, the same command resumes"
 
 
 @contextmanager
@@ -2454,7 +2550,7 @@ def markdown(results: dict) -> str:
     for name in names:
         row = [cells[name, n] for n in steps]
         lines.append([name, *(f"{cell['rmse']:.3f} / {cell['psnr']:.1f}" for cell in row)])
-    missing = results["adapter"].get("uncalibrated", ())
+    missing = results["adapter"]["uncalibrated"]
     scales = ["none found" if cell["steps"] in missing else f"{cell['scale']:.2f}" for cell in row]
     lines.append(["its scale", *scales])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -2561,7 +2657,7 @@ def card(results: dict, out: Path, machine: Machine) -> str:
     no_node = f"""Without a model sampling node ComfyUI samples Flux at a shift of
 {COMFY_SHIFT:.3f}, which lies in the range that this student was trained on, {low:g} to {high:g}."""
     verdict = f"On the validation prompts, at scale 1: {adapter['note']}."
-    missing = adapter.get("uncalibrated", ())
+    missing = adapter["uncalibrated"]
     alarming = "ALARM" in verdict or missing
     rows = ["| steps | scale, or strength | times for ManualSigmas |", "| --- | --- | --- |"]
     for n, scale in adapter["scales"].items():

@@ -1,7 +1,7 @@
 """Shortcutting flow matching (SCFM, arXiv 2510.17858): few-step samplers by self-distillation.
 
 A pre-trained flow-matching model needs some 30 small steps to turn noise into data. SCFM fine-tunes
-it until one large step goes where two smaller ones went, the smaller ones being its own.
+it until one large step lands where two of its own smaller steps land.
 
 Conventions (the field is split on both signs, so read this first)
     time        t = 1 is noise, t = 0 is data, as in Flux and Stable Diffusion 3
@@ -22,16 +22,17 @@ Symbols
     theta_slow  slow             EMA of the student, decay 0.999
     n           grid_steps       steps of the teacher's own sampler, 32
     s           shift            time shift, drawn for every row of a batch
-    k / N       teacher_ratio    fraction of a batch whose first step is the teacher's, 0.4
+    rho = k/N   teacher_ratio    expected fraction of teacher rows in a batch, 0.4
 In this file N is always the number of steps that the student will sample with.
 
-One training step, given x_0, noise (B, ...) and conditions
-    windows = sample_windows(config, batch=len(x_0))                # times t > t_mid > t_end
+One training step, for networks that are velocities, given x_0, noise (B, ...) and conditions
+    windows = sample_windows(config, batch=len(x_0))                # times t > t_mid >= t_end
     first, second = dual(windows, teacher, fast, slow)              # Algorithm 2
-    loss, log = shortcut_loss(windows, x_0, noise, student, first, second, **cond)
+    loss, log = shortcut_loss(windows, x_0, noise, student, first, second, **cond)  # Eq. 11-13
     ...                                                             # backward and optimizer step
-    update_ema(fast_weights, student_weights, config.fast_decay)
-    update_ema(slow_weights, student_weights, config.slow_decay)
+    update_ema(fast.parameters(), student.parameters(), config.fast_decay)
+    update_ema(slow.parameters(), student.parameters(), config.slow_decay)
+where config = ShortcutConfig(), and fast and slow start as copies of the student.
 
 Sections 1 to 4 are the paper, with its equation and algorithm numbers. Section 5 is ours: what the
 student learns, and windows for a student of N steps. Its equations are (A) to (C).
@@ -52,10 +53,13 @@ Velocity = Callable[..., Tensor]
 
 
 def shift_time(u: Tensor, shift: float | Tensor) -> Tensor:
-    """Grid time u to t = s u / (1 + (s - 1) u) (Eq. 17), undone by 1 / s; shapes broadcast."""
+    """Grid time u to t = s u / (1 + (s - 1) u) (Eq. 17). The inverse has the shift 1 / s.
+
+    Shapes broadcast.
+    """
     lowest = float(torch.as_tensor(shift).min())
     _require(lowest > 0, f"shift={lowest} must be > 0")
-    return u / (u + (1 - u) / shift)  # Eq. 17 divided by s: rounding can't carry t past 1
+    return u / (u + (1 - u) / shift)  # Eq. 17, divided by s so that rounding can't push t above 1
 
 
 def time_grid(steps: int, shift: float = 1.0) -> Tensor:
@@ -73,11 +77,10 @@ def interpolate(x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 @torch.no_grad()
 def euler_sample(velocity: Velocity, x: Tensor, times: Tensor, **cond: Tensor) -> Tensor:
-    """Carry x (B, ...) from times[0] to times[-1], one network call a step; returns the last x."""
+    """Integrate x (B, ...) from times[0] to times[-1]; an Euler step is one network call."""
     x = _wide(x)
     for t, t_next in pairwise(times):
-        v = _wide(velocity(x, t.to(x).expand(len(x)), **cond))
-        x = x - (t - t_next) * v
+        x = x - (t - t_next) * _at(velocity, x, t, **cond)
     return x
 
 
@@ -86,7 +89,7 @@ def euler_sample(velocity: Velocity, x: Tensor, times: Tensor, **cond: Tensor) -
 
 @dataclass(frozen=True)
 class ShortcutConfig:
-    """The paper's settings. A value out of range raises ValueError, which names both."""
+    """The paper's settings. ValueError names a value out of range, and the range."""
 
     grid_steps: int = 32  # n: windows lie on the grid of the teacher's own sampler
     teacher_ratio: float = 0.4  # rho = k / N: expected fraction of teacher rows
@@ -117,7 +120,7 @@ class Windows(NamedTuple):
     t_mid: Tensor  # (B,), in [0, t)
     t_end: Tensor  # (B,), at most t_mid; no network is called there
     teacher_rows: int  # k: the first k rows are teacher rows, the others self rows
-    kind: str  # the training that they were drawn for: "distil" or, from scratch, "fuse"
+    kind: str  # what they were drawn for, and all that they may be used for: "distil", "fuse", ...
 
 
 def sample_windows(
@@ -127,7 +130,7 @@ def sample_windows(
     U: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Windows:
-    """Random windows of Algorithms 1 and 2; `fuse`: for training from scratch (`fusion`).
+    """Random windows of Algorithms 1 and 2; set `fuse` to train from scratch (`fusion`).
 
     Both steps span `stride` grid steps: 1 in teacher rows, one of `strides` in self rows. The start
     is uniform over all grid points from which both steps fit. In fusion the teacher rows need no
@@ -141,7 +144,7 @@ def sample_windows(
     rand = _uniform(generator)
     U = rand(1).item() if U is None else U
     _require(0 <= U < 1, f"U={U} must lie in [0, 1)")
-    k = int(config.teacher_ratio * batch + U)
+    k = min(int(config.teacher_ratio * batch + U), batch)
 
     strides = torch.tensor(config.strides)
     choice = (rand(batch) * len(strides)).long()
@@ -151,7 +154,7 @@ def sample_windows(
     lowest = 2 * stride  # the grid point nearest to the data from which both steps fit
     start = lowest + (rand(batch) * (n + 1 - lowest)).floor()
     if fuse:
-        start[:k] = n * (1 - rand(k))  # may end below the data, hence the clamps
+        start[:k] = n * (1 - rand(k))  # t_mid and t_end don't matter there; they are kept >= 0
 
     low, high = config.shift_range
     shift = low + (high - low) * rand(batch)
@@ -172,9 +175,9 @@ def by_rows(k: int, head: Velocity, tail: Velocity) -> Velocity:
             return tail(x, t, **cond)
         if k == len(x):
             return head(x, t, **cond)
-        of_head = {name: value[:k] for name, value in cond.items()}
-        of_tail = {name: value[k:] for name, value in cond.items()}
-        return torch.cat([head(x[:k], t[:k], **of_head), tail(x[k:], t[k:], **of_tail)])
+        head_cond = {name: value[:k] for name, value in cond.items()}
+        tail_cond = {name: value[k:] for name, value in cond.items()}
+        return torch.cat([head(x[:k], t[:k], **head_cond), tail(x[k:], t[k:], **tail_cond)])
 
     return velocity
 
@@ -201,8 +204,8 @@ def fusion(
 ) -> tuple[Velocity, Velocity]:
     """First and second velocity of training from scratch, without a teacher.
 
-    Teacher rows have the target of plain flow matching, noise - x_0. `ema` decays by fast_decay: a
-    slower EMA of random weights would be a poor target.
+    Teacher rows have the target of plain flow matching, noise - x_0. Update `ema` with fast_decay:
+    a slower EMA of random weights would make a poor target.
     """
     _require_kind(windows, "fuse")
     both = by_rows(windows.teacher_rows, _data_velocity(x_0, noise), ema)
@@ -213,12 +216,14 @@ def fusion(
 def shortcut_target(
     windows: Windows, x_t: Tensor, first: Velocity, second: Velocity, **cond: Tensor
 ) -> Tensor:
-    """The velocity (B, ...) that does in one step what two steps do (Eq. 11-12), no gradient.
+    """Velocity (B, ...) of the one step that ends where the two steps end (Eq. 11-12), no gradient.
 
     It is displacement over elapsed time. (v_1 + v_2) / 2 would be wrong, since the shift makes the
     two steps unequally long.
     """
-    t, t_mid, t_end = (_per_row(time, x_t) for time in windows[:3])
+    t = _per_row(windows.t, x_t)
+    t_mid = _per_row(windows.t_mid, x_t)
+    t_end = _per_row(windows.t_end, x_t)
     v_1 = first(x_t, windows.t.to(x_t), **cond)
     _require_like(v_1, x_t, "first velocity")
     x_mid = x_t - (t - t_mid) * v_1
@@ -239,8 +244,8 @@ def shortcut_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean squared error of the student to the target (Eq. 13), and scalars to log.
 
-    x_0 and noise are (B, ...). The student is called last, so that all velocities may be one
-    network whose weights are swapped. Log: teacher_loss and self_loss, the loss of those rows
+    x_0 and noise are (B, ...). The student is called last, so one network with swapped weights can
+    serve as all velocities. Log: teacher_loss and self_loss, the loss of those rows
     alone (nan without such rows), and residual = |v_student - target| / |target|.
     """
     _require_like(noise, x_0, "noise")
@@ -283,33 +288,34 @@ def update_ema(ema: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -
 # ---------------------------------------------------------- 5. beyond the paper: matched windows
 #
 # The student has no step size among its inputs, so it can't be right for every window that starts
-# at t. It learns an average of the teacher's velocity over times from t down to 0. The mean
-# distance of these times from t is its *look-ahead* L(t). An Euler step needs the mean velocity
-# over the step, that is, a look-ahead of half the step.
+# at t. It learns a weighted average of the teacher's velocity along the path from t down to 0. To
+# first order only the mean of these distances from t matters: call it the *look-ahead* L(t). An
+# Euler step needs the mean velocity over the step, and so a look-ahead of half the step.
 #
-# The first velocity of a window has the look-ahead L_1 and the weight w = (t - t_mid) / (t - t_end)
-# in the target. The second is an EMA of the student, and looks ahead from t_mid by L(t_mid). At the
-# fixed point, where the student equals its mean target and its EMA,
+# In a target the first velocity has the weight w = (t - t_mid) / (t - t_end). Let L_1 be its
+# look-ahead. The second velocity is that of the student's EMA, and looks ahead from t_mid by
+# L(t_mid). At the fixed point, where the student equals its mean target and its EMA,
 #
 #     L(t) = w L_1 + (1 - w) [t - t_mid + L(t_mid)]                                             (A)
 #
-# In the paper's teacher rows L_1 = 0, because the teacher's velocity is that at t alone.
+# With `dual`, L_1 is 0 in teacher rows, because the teacher's velocity is that at t alone, and L(t)
+# in self rows.
 
 
-def paper_lookahead(config: ShortcutConfig, both_from_slow: bool = False) -> float:
+def paper_lookahead(config: ShortcutConfig, is_vanilla: bool = False) -> float:
     """Look-ahead L that the paper's windows teach, at shift 1 and far from both ends of the path.
 
-    It suits a sampler of 1 / (2 L) steps. With d = stride / n of a self row, the mean of (A) over
-    all rows gives for `dual`
+    It suits a sampler of N = 1 / (2 L) steps, which is two at the default settings. With d the
+    stride of a self row over n and all w = 1/2, the mean of (A) over all rows gives for `dual`
         L = 1 / n + (1 - rho) / rho E[d]                                                         (B)
-    and half of that for `vanilla` (both_from_slow).
+    and half of that for `vanilla`, whose teacher rows call the teacher twice.
     """
     rho = config.teacher_ratio
     if rho == 0:
         return float("inf")
     mean_d = sum(config.strides) / len(config.strides) / config.grid_steps
     lookahead = 1 / config.grid_steps + (1 - rho) / rho * mean_d  # (B)
-    return lookahead / 2 if both_from_slow else lookahead
+    return lookahead / 2 if is_vanilla else lookahead
 
 
 @dataclass(frozen=True)
@@ -323,7 +329,7 @@ class MatchedConfig:
     steps: int = 3  # N
     shift_range: tuple[float, float] = (2.5, 4.5)  # s ~ U[low, high], drawn per row
     slow_decay: float = 0.999  # of theta_slow, per optimizer step
-    teacher_part: float = 3 / 8  # fraction of the sampler's step that the teacher covers
+    teacher_part: float = 3 / 8  # fraction of the sampler's step that the teacher covers; tuned
 
     def __post_init__(self):
         _require(self.steps >= 1, f"steps={self.steps} must be >= 1")
@@ -337,9 +343,9 @@ class MatchedConfig:
         """Shift of the sampler that the windows are matched to."""
         return sum(self.shift_range) / 2
 
-    def after(self, t: Tensor, step: float) -> Tensor:
-        """The sampler's time `step` steps after t, which may be a fraction; at least 0."""
-        u = shift_time(t, 1 / self.shift) - step / self.steps
+    def after(self, t: Tensor, steps: float) -> Tensor:
+        """The time, at least 0, that the sampler reaches from t in `steps` of its steps."""
+        u = shift_time(t, 1 / self.shift) - steps / self.steps
         return shift_time(u.clamp(min=0), self.shift)
 
     def lookahead(self, t: Tensor) -> Tensor:
@@ -353,41 +359,47 @@ def matched_windows(
     fuse: bool = False,
     generator: torch.Generator | None = None,
 ) -> Windows:
-    """Random windows whose fixed point has L(t) = L*(t); `fuse`: for `matched_fusion`.
+    """Random windows whose fixed point has L(t) = L*(t); set `fuse` for `matched_fusion`.
 
-    t is uniform in grid time, with a shift for each row; the rest follows from t. The teacher takes
-    the first `teacher_part` of the sampler's step, t to t_mid, in one midpoint step (`matched`), so
-    L_1 = (t - t_mid) / 2. (A) at L = L* gives the weight
+    t is uniform in grid time, with a shift for each row; the rest follows from t. With one midpoint
+    step (`matched`) the teacher covers `teacher_part` of the sampler's step, from t to t_mid, so
+    L_1 = (t - t_mid) / 2. (A) with L = L* gives the weight
         w = [t - t_mid + L*(t_mid) - L*(t)] / [t - t_mid + L*(t_mid) - L_1]                      (C)
     and t_end = t - (t - t_mid) / w. With teacher_part = 1, w = 1 and the target is one midpoint
-    step of the teacher. The smaller teacher_part, the more comes from the student's EMA.
-    t_mid >= t_end since L*(t) >= L_1, and t_end >= 0 since the numerator of (C) is at least
-    (t - t_mid) / 2 and the denominator at most t / 2 (both up to rounding).
-
-    Fusion: the first velocity is noise - x_0, with L_1 = 0. Then (A) holds to first order in
-    t - t_mid only, so the first step is a quarter as long. Near the data t_end is below 0. That is
-    no error: no network is called there, and t_end only sets w.
+    step of the teacher. The smaller it is, the more the student learns from its own EMA.
     """
     rand = _uniform(generator)
     low, high = config.shift_range
     shift = low + (high - low) * rand(batch)
     t = shift_time(1 - rand(batch), shift)
-    t_mid = config.after(t, config.teacher_part / 4 if fuse else config.teacher_part)
-    first_lookahead = 0 if fuse else (t - t_mid) / 2
+    if fuse:
+        # The first velocity will be noise - x_0. It leads along a pair of noise and data, not along
+        # the flow, so (A) holds to first order in t - t_mid only: the first step is shorter.
+        t_mid = config.after(t, config.teacher_part / 4)
+        first_lookahead = torch.zeros_like(t)
+    else:
+        t_mid = config.after(t, config.teacher_part)
+        first_lookahead = (t - t_mid) / 2
     second_lookahead = t - t_mid + config.lookahead(t_mid)
     w = (second_lookahead - config.lookahead(t)) / (second_lookahead - first_lookahead)  # (C)
+    # Up to rounding t_mid >= t_end >= 0: w <= 1 because L*(t) >= L_1; and in (C) the numerator is
+    # at least (t - t_mid) / 2, the denominator at most t / 2. In fusion t_end can be below 0 near
+    # the data. No network is called there, it only sets w.
     t_end = t - (t - t_mid) / w
     return Windows(t, t_mid, t_end, batch, "matched fuse" if fuse else "matched")
 
 
 def matched(windows: Windows, teacher: Velocity, slow: Velocity) -> tuple[Velocity, Velocity]:
-    """First and second velocity of matched windows: the teacher by a midpoint step, then slow."""
+    """First and second velocity of matched windows: the teacher by a midpoint step, then slow.
+
+    A target takes three network calls, one more than with `dual`.
+    """
     _require_kind(windows, "matched")
 
     def first(x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-        t_half = (windows.t + windows.t_mid).to(x_t) / 2
-        x_half = x_t - _per_row(t - t_half, x_t) * teacher(x_t, t, **cond)
-        return teacher(x_half, t_half, **cond)
+        half_step = (t - windows.t_mid.to(t)) / 2
+        x_half = x_t - _per_row(half_step, x_t) * teacher(x_t, t, **cond)
+        return teacher(x_half, t - half_step, **cond)
 
     return first, slow
 
@@ -422,14 +434,19 @@ class TeacherPath(NamedTuple):
 def teacher_path(
     teacher: Velocity, noise: Tensor, times: Tensor, substeps: int = 16, **cond: Tensor
 ) -> TeacherPath:
-    """Follow the teacher from noise (B, ...) at times[0], with Euler substeps in each step."""
+    """Follow the teacher from noise (B, ...) at times[0], with Euler substeps in each step.
+
+    It takes `substeps` network calls a step.
+    """
     x = _wide(noise)
     states, velocities, means = [], [], []
     for t, t_next in pairwise(times):
         fine = torch.linspace(t, t_next, substeps + 1, dtype=times.dtype)
-        x_next = euler_sample(teacher, x, fine, **cond)
+        v = _at(teacher, x, t, **cond)
+        x_next = x - (t - fine[1]) * v  # the first substep
+        x_next = euler_sample(teacher, x_next, fine[1:], **cond)
         states.append(x)
-        velocities.append(_wide(teacher(x, t.to(x).expand(len(x)), **cond)))
+        velocities.append(v)
         means.append((x - x_next) / (t - t_next))
         x = x_next
     return TeacherPath(times, torch.stack(states), torch.stack(velocities), torch.stack(means))
@@ -443,14 +460,14 @@ def optimal_scale(student: Velocity, path: TeacherPath, **cond: Tensor) -> Tenso
     scale lam computes, to first order. Least squares over the N steps and all rows:
     lam* = sum <v_S - v_T, mean - v_T> / sum |v_S - v_T|^2.
 
-    lam* > 1: the student does not look far enough ahead for N steps and needs more training.
-    1: it is matched. < 1: it looks too far ahead. inf: it equals the teacher.
+    lam* > 1: the student doesn't look far enough ahead for N steps; train it longer.
+    lam* = 1: it is matched. lam* < 1: it looks too far ahead. inf: it equals the teacher.
     """
     product = 0.0
     square = 0.0
     steps = zip(path.times[:-1], path.x, path.velocity, path.mean, strict=True)
     for t, x, v_T, mean in steps:
-        v_S = student(x, t.to(x).expand(len(x)), **cond)
+        v_S = _at(student, x, t, **cond)
         product = product + ((v_S - v_T) * (mean - v_T)).sum()
         square = square + (v_S - v_T).square().sum()
     return torch.where(square == 0, float("inf"), product / square)
@@ -468,6 +485,11 @@ def _uniform(generator: torch.Generator | None) -> Callable[[int], Tensor]:
     """The function count -> (count,) numbers uniform in [0, 1), on the generator's device."""
     device = None if generator is None else generator.device
     return partial(torch.rand, generator=generator, device=device)
+
+
+def _at(velocity: Velocity, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+    """The velocity at one time t () for all rows, in float32 whatever the network computes in."""
+    return _wide(velocity(x, t.to(x).expand(len(x)), **cond))
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -493,7 +515,7 @@ def _require_like(x: Tensor, other: Tensor, name: str) -> None:
 
 
 def _require_kind(windows: Windows, kind: str) -> None:
-    _require(windows.kind == kind, f"windows of kind '{windows.kind}' must be of kind '{kind}'")
+    _require(windows.kind == kind, f"windows are of kind '{windows.kind}', must be '{kind}'")
 
 
 def _check_shift_range(shift_range: tuple[float, float]) -> None:

@@ -4,8 +4,11 @@ Without --gpu they see no GPU, so that they give the same result everywhere.
 """
 
 import os
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["TQDM_DISABLE"] = "1"
@@ -74,3 +77,31 @@ def setup(tmp_path_factory):
     from tiny_runs import prepared
 
     return prepared(tmp_path_factory.mktemp("setup") / "out")
+
+
+@pytest.fixture
+def public():
+    """A folder of the unprivileged user; pytest's own are for root alone."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o777)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a disk of so many bytes."""
+    mounted = []
+
+    def mount(size: int) -> Path:
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a small tmpfs needs root on Linux")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)  # tensors can still be mapped

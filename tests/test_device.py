@@ -212,7 +212,7 @@ def test_after_the_third_iteration_the_cost_is_told(tmp_path, capsys):
     run(tmp_path / "out", "--validate-every", 4)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("iteration 3")]
     assert len(said) == 1
-    for words in ("s an iteration; training takes", "until", "1 validations of", "calibration then",
+    for words in ("s per iteration; training takes", "until", "1 validation of", "calibration then",
                   "comparison"):  # fmt: skip
         assert words in said[0]
 
@@ -231,8 +231,8 @@ def validation_of(seconds: float) -> SimpleNamespace:
 
 def test_the_forecast_is_that_of_a_count_by_hand():
     words = fd.forecast(THIRTEEN, ON_A_CPU, validation_of(seconds=1.0), 3, seconds=60.0)
-    # 10 x 60 s, three validations of 3 + 2 + 3 calls, 17 x 5 for the first lam*
-    assert "training takes 12 min more" in words  # 709 s
+    # 10 x 60 s, three validations of 3 + 2 + 3 calls, 16 x 5 for the first lam*
+    assert "training takes 12 min more" in words  # 704 s
     assert "3 validations of 8 s" in words
     assert "takes about 88 s" in words  # 11 x (5 + 3)
     assert "comparison 94 s" in words  # twice the rows, 32 calls and 3 x 5
@@ -246,7 +246,7 @@ def test_the_end_of_training_is_told_with_its_validations(monkeypatch):
 
     monkeypatch.setattr(fd, "datetime", Noon)
     words = fd.forecast(THIRTEEN, ON_A_CPU, validation_of(seconds=60.0), 3, seconds=60.0)
-    assert "until Mon 13:59" in words  # 10 x 60 s + 3 x 8 x 60 s + 85 x 60 s = 119 min
+    assert "until Mon 13:54" in words  # 10 x 60 s + 3 x 8 x 60 s + 80 x 60 s = 114 min
 
 
 def test_validations_take_as_many_network_calls_as_the_forecast_says(setup, lora, tmp_path):
@@ -258,7 +258,7 @@ def test_validations_take_as_many_network_calls_as_the_forecast_says(setup, lora
         calls.clear()
         validation.report(lora.initial_weights(), tmp_path / f"{number}.png")
         counts.append(len(calls))
-    assert counts == [8 + 17 * 5, 8]  # as in the count by hand: steps 2 and 3, N = 3
+    assert counts == [8 + 16 * 5, 8]  # as in the count by hand: steps 2 and 3, N = 3
 
 
 def test_a_validation_knows_what_a_network_call_takes(setup, lora):
@@ -349,9 +349,8 @@ def test_the_memory_of_a_cpu_is_that_of_the_machine(monkeypatch):
 def test_the_memory_of_a_gpu_is_that_of_this_process_s_card(monkeypatch):
     machine = fd.Machine()
     machine.device = "cuda"
-    machine.card = 1
-    cards = [SimpleNamespace(total_memory=size) for size in (10, 20)]
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: cards[index])
+    cards = {"cuda": SimpleNamespace(total_memory=20)}  # without an index: the current device
+    monkeypatch.setattr(torch.cuda, "get_device_properties", cards.get)
     assert machine.memory() == 20
 
 

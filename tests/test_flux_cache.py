@@ -75,16 +75,94 @@ def test_other_settings_recreate_the_latents_and_keep_the_texts(tmp_path, change
 
 
 def test_a_changed_weight_is_another_file(tmp_path):
-    """Up to 8 MiB every byte counts; in larger files one in each of 16 places."""
+    """Up to 16 MiB every byte counts, at the borders of the hashed pieces too."""
     path = tmp_path / "a"
-    size = 2**23
+    size = 2**24 - 5
     path.write_bytes(bytes(size))
     before = fd.fingerprint(path)
-    for place in (0, size - 1, *(k * size // 16 + 12_345 for k in range(16))):
-        path.write_bytes(bytes(place) + b"x" + bytes(size - 1 - place))
-        assert fd.fingerprint(path) != before
+    borders = [k * size // 256 for k in range(16, 256, 16)]
+    for place in (0, size - 1, *borders, *(border - 1 for border in borders)):
+        with open(path, "rb+") as file:
+            file.seek(place)
+            file.write(b"x")
+            file.flush()
+            assert fd.fingerprint(path) != before
+            file.seek(place)
+            file.write(b"\0")
+    assert fd.fingerprint(path) == before
     path.write_bytes(bytes(size + 1))
     assert fd.fingerprint(path) != before
+
+
+def test_a_changed_mebibyte_of_a_large_file_is_another_file(tmp_path):
+    """Wherever it begins: about the least that one layer of a real model takes."""
+    path = tmp_path / "a"
+    size, changed = 2**26, 2**20
+    path.write_bytes(bytes(size))
+    before = fd.fingerprint(path)
+    places = range(0, size - changed, 3 * changed + 12_345)
+    for place in (*places, size - changed):
+        with open(path, "rb+") as file:
+            file.seek(place)
+            file.write(b"x" * changed)
+            file.flush()
+            assert fd.fingerprint(path) != before
+            file.seek(place)
+            file.write(bytes(changed))
+    assert fd.fingerprint(path) == before
+
+
+def test_the_pool_does_not_depend_on_what_was_held_out_before(tmp_path):
+    """The noise of a pair is that of its prompt's number, also where a prompt occurs twice."""
+    prompts = tmp_path / "prompts.txt"
+    a, b, c, d, e = [f"a {colour} ring" for colour in ("red", "green", "blue", "white", "black")]
+    prompts.write_text("\n".join([a, b, c, d, e, c, a]))
+    flags = ["--prompts", prompts, "--limit", 0]
+    earlier = prepared(tmp_path / "out", *flags, "--held-out", 3)
+    before = written(tmp_path / "out")
+    again = prepared(tmp_path / "out", *flags, "--held-out", 2)
+    fresh = prepared(tmp_path / "fresh", *flags, "--held-out", 2)
+    assert before.items() <= written(tmp_path / "out").items()  # they are used
+
+    def texts(setup) -> list[str]:
+        return [setup.data.texts[pair.text] for pair in setup.data.pairs]
+
+    assert texts(earlier) == [a, b, a]
+    assert texts(again) == texts(fresh) == [a, b, c, c, a]
+    places = range(5)
+    pool = fresh.cache.read("latent", places)["latent"]
+    # Not to the bit: an entry's rounding depends on the others of its batch.
+    assert_close(again.cache.read("latent", places)["latent"], pool, rtol=0, atol=1e-4)
+    for first, second in ((0, 4), (2, 3)):  # one prompt, two noises
+        assert (pool[first] - pool[second]).abs().max() > 0.1
+
+
+def lacking_its_part(machine: fd.Machine) -> fd.Machine:
+    """The first of two processes, whose partner fills a folder of its own."""
+    machine.processes = 2
+    machine.add_up = lambda *tensors: None
+    machine.collect = lambda items: items * 2  # images are checked in turn
+    return machine
+
+
+@pytest.mark.parametrize("source", ["prompts", "images"])
+def test_a_folder_that_machines_do_not_share_is_named(tmp_path, source):
+    flags = ["--batch", 1]
+    if source == "images":
+        folder = tmp_path / "images"
+        folder.mkdir()
+        for name in "ab":
+            picture("RGB").save(folder / f"{name}.png")
+            (folder / f"{name}.txt").write_text("a red circle")
+        flags += ["--images", folder]
+    setup = prepared(tmp_path / "whole", *flags)
+    settings = fd.replace(setup.settings, out=tmp_path / "out")
+    lacking_its_part(setup.machine)
+    sentence = "--out .*out is not one folder for all machines: put it on a disk they share"
+    with pytest.raises(SystemExit, match=sentence):
+        fd.fill_cache(settings, fd.Cache(settings, setup.model, setup.data))
+    whole = fd.Cache(setup.settings, setup.model, setup.data)
+    fd.fill_cache(setup.settings, whole)  # the other one's part is there: no complaint
 
 
 @pytest.mark.parametrize("name", [fd.STATE, fd.LORA])

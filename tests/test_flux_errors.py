@@ -1,6 +1,7 @@
 """flux_distill.py, errors: each ends the command with one sentence that names the way out."""
 
 import json
+import re
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -29,7 +30,7 @@ def test_a_model_that_is_nowhere(tmp_path):
 def test_a_folder_that_is_no_model(tmp_path):
     folder = tmp_path / "empty"
     folder.mkdir()
-    says("not a whole diffusers pipeline", "--model", folder, "--out", tmp_path / "out")
+    says("not a complete diffusers pipeline", "--model", folder, "--out", tmp_path / "out")
 
 
 def test_a_gated_model(tmp_path, monkeypatch):
@@ -90,6 +91,20 @@ def test_memory_that_runs_out(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fd, "fill_cache", full)
     says("out of GPU memory; what helps, in this order", "--out", tmp_path)
+
+
+def test_memory_that_runs_out_in_sample(done, monkeypatch):
+    """Only flags that --sample takes are advised."""
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(fd, "stock_sample", full)
+    with pytest.raises(SystemExit, match="out of GPU memory; give --batch 1") as stopped:
+        fd.main(["--model", str(TINY), "--out", str(done), "--sample", "a red ring"])
+    advised = re.findall(r"--([a-z-]+)", str(stopped.value))
+    assert advised
+    assert {name.replace("-", "_") for name in advised} <= fd.OF_SAMPLING
 
 
 def test_the_memory_estimate_of_the_real_flux():

@@ -1,6 +1,7 @@
 """flux_distill.py, whole runs on the tiny Flux: what they leave, and what a second one does."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -96,7 +97,7 @@ def test_steps_and_teacher_steps_are_obeyed(tmp_path, capsys):
     assert table["teacher", 6]["rmse"] == 0
     assert table["teacher", 3]["rmse"] > 0.1
     said = capsys.readouterr().out
-    assert "RMSE of latents / PSNR of images to 6 teacher steps" in said
+    assert "RMSE of latents / PSNR of images, compared with the teacher's 6 steps" in said
     assert "| Euler steps | 1 | 3 | 6 |" in said
     assert "from the teacher's 6 steps" in said
     assert "lam_1,lam_3,lam_6" in (out / "log.csv").read_text()
@@ -166,6 +167,51 @@ def test_a_run_of_other_settings_is_left_alone(done, tmp_path):
     says(r"other settings \(rank 4, now 8\)", "--out", out, "--rank", 8)
     says(r"other settings \(paper False, now True\)", "--out", out, "--paper")
     assert content(out) == before
+
+
+def refusal(out: Path, first: list, then: list) -> str:
+    """What is said where training with the first flags has begun, and the second ones are given."""
+    begun, _ = fd.prepare(parsed(out, *first), fd.Machine())
+    fd.write_tensors(begun.state, {"student": torch.zeros(1)}, {"settings": begun.settings})
+    before = content(out)
+    with pytest.raises(SystemExit) as stopped:
+        fd.prepare(parsed(out, *then), fd.Machine())
+    assert content(out) == before
+    found = re.search(r"holds a run of other settings \((.*)\): repeat them", str(stopped.value))
+    return found[1]
+
+
+def test_a_run_on_other_data_is_named_in_words(tmp_path):
+    """In none of these three are there digests, which say nothing."""
+    assert refusal(tmp_path / "out", [], ["--limit", 5]) == "other training data"
+
+
+def test_a_run_of_another_model_is_named_in_words(tmp_path):
+    other = edited(tmp_path, "scheduler/scheduler_config.json", base_shift=0.6)
+    assert refusal(tmp_path / "out", [], ["--model", other]) == "another model"
+
+
+def test_a_run_with_other_held_out_prompts_is_named_in_words(tmp_path):
+    """They count where validations decide when training ends."""
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for file in files:
+        file.write_text(f"a red circle\na red ring\na blue ring\n{file.stem}\n")
+    first, then = (["--prompts", file, "--stop-when-matched"] for file in files)
+    assert refusal(tmp_path / "out", first, then) == "other held-out prompts"
+
+
+def test_a_run_of_other_passes_is_named_with_both_numbers(tmp_path):
+    """Of an optimizer step, in all processes together."""
+    assert refusal(tmp_path / "out", ["--accumulate", 2], []) == "passes 2, now 1"
+
+
+def test_images_that_compare_have_at_most_eight_columns(tmp_path):
+    """Of nine validation and 18 comparison prompts."""
+    out = tmp_path / "out"
+    run(out, "--held-out", 27, "--iterations", 1, "--batch", 36, "--limit", 1)
+    for name in ("comparison.png", "validation/000001.png", "validation/saved.png"):
+        with Image.open(out / name) as image:
+            assert image.width == round((8 * 1.7 + 0.7) * 110)
 
 
 def test_the_teachers_steps_decide_when_a_run_stops(tmp_path):
@@ -288,8 +334,22 @@ def test_sample_only_renders(done, tmp_path, capsys):
 
 
 def test_sample_needs_a_lora(tmp_path):
+    """And makes no folder for one."""
     with pytest.raises(SystemExit, match="distil first, without --sample"):
         fd.main(["--model", str(TINY), "--out", str(tmp_path / "none"), "--sample", "a"])
+    assert not (tmp_path / "none").exists()
+
+
+def test_sample_refuses_a_lora_of_another_version(done, tmp_path):
+    out = copied(done, tmp_path / "out")
+    adapter = fd.read_metadata(out / fd.LORA)
+    adapter["settings"]["version"] = fd.VERSION - 1
+    fd.write_tensors(out / fd.LORA, load_file(out / fd.LORA), adapter)
+    before = content(out)
+    sentence = f"{fd.LORA} is from another version of this program: render with that version"
+    with pytest.raises(SystemExit, match=sentence):
+        fd.main(["--model", str(TINY), "--out", str(out), "--sample", "a red circle"])
+    assert content(out) == before
 
 
 def test_sample_refuses_another_model(done, tmp_path):

@@ -95,12 +95,17 @@ def test_the_students_own_steps_are_always_among_all_steps():
     ("--iterations 0", "--iterations: 0 must be at least 1"),
     ("--learning-rate -1", "--learning-rate: -1 must be at least"),
     ("--shift nan", "--shift: nan must be at least"),
+    ("--shift inf", "--shift: inf must be at most 1000"),
+    ("--guidance inf", "--guidance: inf must be finite"),
     ("--shift-range 4 2", "--shift-range 4 2: give the lower end first"),
     ("--student-steps 5", "--student-steps 5 must be at most 4, half of --teacher-steps"),
     ("--student-steps 17 --teacher-steps 32", "--student-steps 17 must be at most 16"),
     ("--teacher-steps 4", "--student-steps 3 must be at most 2, half of --teacher-steps"),
-    ("--teacher-steps 0", "--teacher-steps: 0 must be at least 1"),
+    ("--student-steps 5 --paper", "--student-steps 5 must be at most 4, half of --teacher-steps"),
+    ("--teacher-steps 0", "--teacher-steps: 0 must be at least 2"),
+    ("--teacher-steps 1", "--teacher-steps: 1 must be at least 2"),
     ("--teacher-steps 8.5", "--teacher-steps: invalid"),
+    ("--steps 2 9", "--steps 9 must be at most --teacher-steps 8, with which all are compared"),
     ("--steps 2 0", "--steps: 0 must be at least 1"),
     ("--steps 2,3", "--steps: invalid"),
     ("--steps", "--steps: expected at least one argument"),
@@ -117,8 +122,7 @@ def test_wrong_flags_are_refused(flags, said, tmp_path, capsys):
 @pytest.mark.parametrize("flags", [
     "--student-steps 4",
     "--student-steps 16 --teacher-steps 32",
-    "--paper --student-steps 40",
+    "--paper --student-steps 16 --teacher-steps 32",
 ])  # fmt: skip
 def test_student_steps_within_bounds_are_taken(flags, tmp_path):
-    """--paper has no windows for N steps, and so no bound."""
     assert str(parsed(tmp_path, *flags.split()).student_steps) in flags

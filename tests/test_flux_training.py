@@ -90,6 +90,26 @@ def test_a_state_is_saved_and_loaded_to_the_bit(setup, tmp_path, paper):
     assert loaded.rows == state.rows
 
 
+def test_a_loaded_state_is_no_mapping_of_its_file(setup, tmp_path):
+    """What overwrites the file in place, a copy by a user say, leaves training alone."""
+    steps, state, _ = begun(setup)
+    next(steps)
+    elsewhere = fd.replace(setup.run, out=tmp_path)
+    state.save(elsewhere)
+    loaded = fd.TrainState(torch.zeros_like(state.student), setup.settings)
+    loaded.load(elsewhere.state)
+    size = elsewhere.state.stat().st_size
+    with open(elsewhere.state, "rb+") as file:
+        file.write(b"\x7f" * size)
+    for name, weights in state.weights.items():
+        assert torch.equal(loaded.weights[name], weights)
+    ours = state.optimizer.state[state.student]
+    theirs = loaded.optimizer.state[loaded.student]
+    for name in fd.MOMENTS:
+        assert ours[name].any()
+        assert torch.equal(theirs[name], ours[name])
+
+
 def test_the_file_of_a_state_has_float32_and_nothing_else(setup, done):
     tensors = load_file(done / fd.STATE)
     assert tensors.keys() == {"student", "slow", *fd.MOMENTS}
@@ -206,6 +226,72 @@ def test_passes_of_a_step_have_the_papers_fraction_of_teacher_rows(setup, monkey
         assert sum(counts) == 8
         assert len(counts) == 5
         counts.clear()
+
+
+def passes_noted(monkeypatch) -> list[tuple[float, dict[str, float]]]:
+    """A list that the loss and the log of each pass are added to."""
+    noted = []
+    loss_of = fd.loss_of
+
+    def noting(*args):
+        loss, log = loss_of(*args)
+        noted.append((loss.item(), {name: value.item() for name, value in log.items()}))
+        return loss, log
+
+    monkeypatch.setattr(fd, "loss_of", noting)
+    return noted
+
+
+def test_the_log_has_means_over_the_passes_that_have_such_rows(setup, monkeypatch):
+    """Of passes of one row, which is the teacher's or the student's own."""
+    noted = passes_noted(monkeypatch)
+    steps, state, _ = begun(setup, paper=True, batch=1, accumulate=4)
+    for iteration in steps:
+        row = state.rows[iteration - 1]
+        losses = [loss for loss, _ in noted]
+        assert row["loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
+        for name in ("teacher_loss", "self_loss"):
+            values = [log[name] for _, log in noted if not math.isnan(log[name])]
+            assert 1 <= len(values) <= 3
+            assert row[name] == pytest.approx(sum(values) / len(values), rel=1e-5)
+        noted.clear()
+
+
+def test_the_log_leaves_out_the_loss_of_rows_that_no_pass_had(tmp_path, monkeypatch):
+    """Of one row in each iteration."""
+    noted = passes_noted(monkeypatch)
+    setup = prepared(tmp_path / "out", "--paper", "--batch", 1, "--iterations", 8)
+    train(setup)
+    rows = rows_of_log(setup.run.out)
+    assert len(rows) == len(noted) == 8
+    for row, (loss, log) in zip(rows, noted):
+        assert float(row["loss"]) == pytest.approx(loss, rel=1e-5)
+        for name in ("teacher_loss", "self_loss"):
+            if math.isnan(log[name]):
+                assert row[name] == ""
+            else:
+                assert float(row[name]) == pytest.approx(loss, rel=1e-5)
+    of_teacher = [row for row in rows if row["teacher_loss"]]
+    assert 1 <= len(of_teacher) <= 7
+
+
+def test_a_loss_of_one_pass_that_is_not_a_number_stops_before_the_step(setup, monkeypatch):
+    """Also where its gradient is finite."""
+    count = []
+    loss_of = fd.loss_of
+
+    def bad(*args):
+        loss, log = loss_of(*args)
+        count.append(1)
+        return (loss + math.nan if len(count) == 2 else loss), log
+
+    monkeypatch.setattr(fd, "loss_of", bad)
+    steps, state, _ = begun(setup, paper=True, batch=1, accumulate=4)
+    start = state.student.clone()
+    with pytest.raises(SystemExit, match=r"iteration 1: loss nan, gradient norm [0-9.]+\. Stopped"):
+        next(steps)
+    assert len(count) == 4
+    assert torch.equal(state.student, start)
 
 
 # -------------------------------------------------------------------------------------------- draws
@@ -325,6 +411,34 @@ def test_checkpoints_and_validations_are_saved(tmp_path, monkeypatch, flags, sav
     with pytest.raises(MemoryError):
         run(tmp_path / "out", *flags.split())
     assert len(fd.read_metadata(tmp_path / "out" / fd.STATE)["rows"]) == saved
+
+
+def test_a_checkpoint_before_the_first_validation_has_its_log(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    die_in_iteration(4, monkeypatch)
+    with pytest.raises(MemoryError):
+        run(out, "--checkpoint-every", 3, "--validate-every", 4)
+    rows = rows_of_log(out)
+    assert [row["iteration"] for row in rows] == ["1", "2", "3"]
+    assert [float(row["loss"]) for row in rows] == [
+        row["loss"] for row in fd.read_metadata(out / fd.STATE)["rows"]
+    ]
+
+
+def test_a_stop_before_the_first_validation_leaves_a_log(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    real = sc.shortcut_loss
+
+    def interrupting(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(fd.sc, "shortcut_loss", interrupting)
+    with pytest.raises(SystemExit, match="stopped after iteration 1"):
+        run(out)
+    (row,) = rows_of_log(out)
+    assert row["iteration"] == "1"
+    assert math.isfinite(float(row["loss"]))
 
 
 def test_not_a_number_stops_before_the_step(done, tmp_path, monkeypatch):

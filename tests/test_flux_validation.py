@@ -49,7 +49,7 @@ def test_the_searched_scale_is_near_the_best(learned, steps):
 
 
 def test_lam_is_the_optimal_scale_and_the_teacher_is_followed_once(setup):
-    """For each number of steps: 18 network calls a step at first, then one."""
+    """For each number of steps: 17 network calls a step at first, then one."""
     lora = new_lora(setup)
     validation = fd.Validation(setup.settings, setup.cache, lora)
     generator = torch.Generator().manual_seed(0)
@@ -65,7 +65,7 @@ def test_lam_is_the_optimal_scale_and_the_teacher_is_followed_once(setup):
         counts.append(len(calls))
     hook.remove()
     assert len(validation.noise) <= setup.settings.batch  # so that all rows are in one call
-    assert counts == [18 * 2, 18 * 3, 2, 3]
+    assert counts == [17 * 2, 17 * 3, 2, 3]
     assert len(set(found.values())) == 4
     assert validation.lam(sets[0], 2) == found[0, 2]
 

@@ -226,7 +226,7 @@ def test_notes_and_faults_are_told_together(tmp_path, capsys):
     (tmp_path / "gone.txt").write_text("a red circle")
     assert read_folder(tmp_path) == ["a.png", "flat.png", "option.png"]
     first, fault, *notes = capsys.readouterr().out.splitlines()
-    assert first == "skipped 1, kept 3 images; mend these to use them:"
+    assert first == "skipped 1, kept 3 images; fix these to use them:"
     assert fault.startswith("  gone.png: ")
     assert notes == [sentence for sentence, _ in LYING_AROUND.values()]
 
@@ -316,8 +316,8 @@ def test_latents_of_images_are_identified_by_all_that_they_are_made_from(tmp_pat
     folder = image_folder(tmp_path)
     found = prepared(tmp_path / "out", "--images", folder)
     content = (folder / "1.png").read_bytes()
-    starts = [len(content) * k // 16 for k in range(16)]
-    pieces = b"".join(content[start : start + 2**19] for start in starts)
+    starts = [len(content) * k // 256 for k in range(256)]
+    pieces = b"".join(content[start : start + 2**16] for start in starts)
     image = [len(content), hashlib.sha256(pieces).hexdigest()]
     model = [fd.VERSION, found.model.fingerprint, "cpu", 32]
     assert found.data.latent_keys[1] == hashed([*model, "a red circle 1", *image])
@@ -362,6 +362,37 @@ def test_prompts_that_differ_in_case_alone_are_one_and_the_sentence_speaks_of_pr
     assert "3 different prompts" in said
     assert "--held-out 3 needs 4" in said
     assert said.endswith("give --prompts a longer file, or give a smaller --held-out")
+
+
+def test_held_out_prompts_are_distinct_without_regard_to_case(tmp_path):
+    """The first spelling counts."""
+    file = tmp_path / "a.txt"
+    file.write_text("one\nA Fox\ntwo\na fox\nthree\nTWO\n")
+    prompts, held_out = fd.read_prompts(file, 3, needs_more=True)
+    assert prompts == ["one", "A Fox", "two", "a fox", "three", "TWO"]
+    assert held_out == ["A Fox", "two", "three"]
+    settings = parsed(tmp_path / "out", "--prompts", file)
+    data = fd.prepare(settings, fd.Machine())[1].data
+    assert [data.texts[pair.text] for pair in data.pairs] == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        ("a dog\na cat", ""),
+        ("a dog\nA Red circle 1", "left out 1 image: the caption is a held-out prompt\n"),
+        ("a red circle 2\na red circle 0", "left out 2 images: the caption is a held-out prompt\n"),
+    ],
+)
+def test_images_whose_captions_are_held_out_are_counted(tmp_path, capsys, last, said):
+    folder = image_folder(tmp_path, 3)
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"first\n{last}\n")
+    flags = ["--images", folder, "--prompts", file, "--held-out", 2, "--limit", 0]
+    data = fd.prepare(parsed(tmp_path / "out", *flags), fd.Machine())[1].data
+    kept = [f"{i}.png" for i in range(3) if f"a red circle {i}" not in last.lower()]
+    assert [pair.image.name for pair in data.pairs] == kept
+    assert capsys.readouterr().out == said
 
 
 def test_too_few_built_in_prompts_are_called_so():
@@ -571,6 +602,52 @@ def test_sample_refuses_steps_that_the_lora_has_no_scale_for(scaled, rendered, s
         rendered(scaled, "--student-steps", steps)
 
 
+def test_sample_names_the_only_number_of_steps_that_the_lora_has_a_scale_for(scaled, rendered):
+    adapter = fd.read_metadata(scaled / fd.LORA) | {"scales": {"2": 1.5}}
+    fd.write_tensors(scaled / fd.LORA, load_file(scaled / fd.LORA), adapter)
+    with pytest.raises(SystemExit, match=" has scales for 2 steps, give one of these"):
+        rendered(scaled, "--student-steps", "3")
+
+
+def test_sample_overwrites_no_image_of_another_seed_or_number_of_steps(done, rendered, tmp_path):
+    out = copied(done, tmp_path / "out")
+    images = {}
+    for flags in ("", "--seed 7", "--student-steps 2", "--resolution 48"):
+        rendered(out, *flags.split())
+        found = {path: path.read_bytes() for path in (out / "samples").iterdir()}
+        assert images.items() <= found.items()
+        assert len(found) == len(images) + 1
+        images = found
+    assert len(set(images.values())) == 4
+
+
+@pytest.fixture
+def of_int8(done, tmp_path) -> Path:
+    """A finished run whose LoRA says that it was made for an int8 base."""
+    out = copied(done, tmp_path / "out")
+    adapter = fd.read_metadata(out / fd.LORA)
+    adapter["settings"]["quantize"] = "int8"
+    fd.write_tensors(out / fd.LORA, load_file(out / fd.LORA), adapter)
+    return out
+
+
+def test_sample_quantizes_the_base_as_the_lora_was_made(done, of_int8, rendered, monkeypatch):
+    asked = []
+    monkeypatch.setattr(fd, "int8", lambda: asked.append(True))
+    monkeypatch.setattr(fd, "find_spec", lambda name: True)
+    rendered(copied(done, of_int8.parent / "plain"))
+    assert asked == []
+    rendered(of_int8)
+    assert asked == [True]
+
+
+def test_sample_for_an_int8_base_without_torchao_ends_with_a_sentence(of_int8, monkeypatch):
+    monkeypatch.setattr(fd, "find_spec", lambda name: None)
+    sentence = "the adapter in --out .* is for an int8 base, which needs torchao: pip install"
+    with pytest.raises(SystemExit, match=sentence):
+        fd.main(["--model", str(TINY), "--out", str(of_int8), "--sample", "a red ring"])
+
+
 @pytest.mark.parametrize("flags", [
     "--rank 4", "--iterations 3000", "--prompts p.txt", "--images d", "--paper", "--noises 2",
     "--recompute-every 1", "--compile", "--stop-when-matched", "--shift-range 1 2", "--limit 0",
@@ -581,7 +658,7 @@ def test_sample_refuses_flags_of_training(tmp_path, flags, capsys):
     with pytest.raises(SystemExit):
         fd.parse(["--out", str(tmp_path), *flags.split(), "--seed", "1", "--sample", "a"])
     said = " ".join(capsys.readouterr().err.split())
-    assert f"--sample only renders, and {flags.split()[0]} would change nothing" in said
+    assert f"--sample only renders, and {flags.split()[0]} has no effect there: remove it" in said
 
 
 def test_sample_names_cut_texts_and_prints_paths_alone(done, rendered, tmp_path, capsys):

@@ -1,25 +1,64 @@
 """What the README says and shows exists and runs."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import torch
 
+import flux_distill
+import toy_2d
+
 ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "tests/README.md", "tests/benchmarks/README.md")
 
 
-def test_readme_links_hit_their_lines():
-    """[`name`](shortcut.py#L12): line 12 defines that name. Tests that it names exist."""
-    readme = (ROOT / "README.md").read_text()
-    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", readme)
-    assert len(links) == readme.count(".py#L") >= 12
+def page(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+def test_links_of_the_readme_hit_the_lines_that_define_their_names():
+    """[`name`](shortcut.py#L12): line 12 defines that name."""
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", page("README.md"))
+    assert len(links) == page("README.md").count(".py#L") >= 12
     for name, file, line in links:
-        text = (ROOT / file).read_text().splitlines()[int(line) - 1]
+        text = page(file).splitlines()[int(line) - 1]
         assert re.match(rf"(def|class) {name}\b", text), (name, line, text)
+
+
+def test_links_between_files_lead_somewhere():
+    for name in PAGES:
+        folder = (ROOT / name).parent
+        for target in re.findall(r"\]\(([^)#:]+)[)#]", page(name)):
+            assert (folder / target).exists(), (name, target)
+
+
+def test_links_within_a_page_lead_to_a_heading():
+    for name in PAGES:
+        headings = re.findall(r"^#+ (.+)$", page(name), re.MULTILINE)
+        anchors = {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings}
+        assert set(re.findall(r"\]\(#([^)]+)\)", page(name))) <= anchors, name
+
+
+def test_the_page_of_the_tests_names_tests_that_exist():
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    named = set(re.findall(r"`(test_\w+)`", readme))
-    assert len(named) >= 12
-    assert all(f"def {name}(" in tests for name in named)
+    named = set(re.findall(r"`(test_\w+)`", page("tests/README.md")))
+    assert len(named) >= 30
+    assert {name for name in named if f"def {name}(" not in tests} == set()
+
+
+def test_the_readme_is_read_in_ten_minutes():
+    assert len(page("README.md").split()) <= 2500
+    assert page("README.md").count("<details>") <= 3
+
+
+def test_flags_in_the_readme_exist():
+    """Those of the two scripts; other programs have theirs."""
+    others = {"--help", "--nproc-per-node", "--shutdown-timeout", "--slow", "--gpu"}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", page("README.md"))) - others
+    known = {"--" + f.name.replace("_", "-") for module in (flux_distill, toy_2d)
+             for f in dataclasses.fields(module.Settings)}  # fmt: skip
+    assert named and named <= known
 
 
 def test_readme_snippet_trains_a_network_of_ones_own():
@@ -31,17 +70,17 @@ def test_readme_snippet_trains_a_network_of_ones_own():
         def forward(self, x, t, label):
             return self.layer(torch.cat([x, t[:, None]], 1)) * label[:, None]
 
-    snippet = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    student, fast, slow, teacher = (Net() for _ in range(4))
-    before = [w.clone() for net in (student, fast, slow) for w in net.parameters()]
-    scope = dict(torch=torch, student=student, fast=fast, slow=slow, teacher=teacher)
+    snippet = page("README.md").split("```python\n")[1].split("```")[0]
+    student, slow, teacher = (Net() for _ in range(3))
+    before = [w.clone() for net in (student, slow) for w in net.parameters()]
+    scope = dict(student=student, slow=slow, teacher=teacher)
     scope |= dict(x_0=torch.randn(8, 3), label=torch.ones(8), iteration=1)
     scope["optimizer"] = torch.optim.Adam(student.parameters())
-    for net in (fast, slow, teacher):
+    for net in (slow, teacher):
         net.requires_grad_(False)
     exec(snippet, scope)
     assert scope["loss"].isfinite() and scope["log"]["residual"] > 0
-    after = [w for net in (student, fast, slow) for w in net.parameters()]
+    after = [w for net in (student, slow) for w in net.parameters()]
     assert not any(torch.equal(a, b) for a, b in zip(before, after))
 
 

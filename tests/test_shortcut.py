@@ -265,6 +265,11 @@ def test_processes_that_share_U_have_as_many_teacher_rows(U, k):
         assert draw("distil", 2, sc.ShortcutConfig(teacher_ratio=0.9), seed, U=U).teacher_rows == k
 
 
+def test_rounding_of_U_makes_no_row_too_many():
+    config = sc.ShortcutConfig(teacher_ratio=1.0)
+    assert draw("distil", 512, config, U=1 - 1e-16).teacher_rows == 512
+
+
 @pytest.mark.parametrize("ratio, k", [(0.0, 0), (1.0, 7)])
 def test_a_batch_may_be_all_teacher_rows_or_none(ratio, k):
     config = sc.ShortcutConfig(teacher_ratio=ratio)
@@ -691,7 +696,7 @@ def test_formula_b_is_the_fixed_point_far_from_the_ends(rho, dual):
     else:
         right[rows] += rho / 2 * teacher[rows - 1]
     v = torch.linalg.solve_triangular(matrix, right[:, None], upper=False)[:, 0]
-    lookahead = sc.paper_lookahead(config, both_from_slow=not dual)
+    lookahead = sc.paper_lookahead(config, is_vanilla=not dual)
     assert_close((teacher - v)[-1].item(), lookahead, rtol=1e-3, atol=0)
 
 
@@ -928,7 +933,7 @@ def test_windows_of_another_kind_are_refused(function, kind):
     if WINDOWS_OF[function] == kind:
         assert len(call()) == 2
         return
-    with pytest.raises(ValueError, match=f"'{kind}' must be of kind '{WINDOWS_OF[function]}'"):
+    with pytest.raises(ValueError, match=f"'{kind}', must be '{WINDOWS_OF[function]}'"):
         call()
 
 

@@ -265,6 +265,7 @@ def test_gpu_tries_each_part_on_a_small_configuration(tmp_path):
         found[row.part] |= row.found.keys()
         assert row.origin["sources"].keys() >= {"flux_distill.py", "tests/benchmarks/speed.py"}
         assert row.seconds > 0
+        assert len(row.found.get("told", [""])) == 1  # what an iteration takes
     assert found["gradients"] == {*gpu.CHECKS}
     assert found["steps"] >= {"sampling", "checks", "step", "calls", "ratio"}
     assert found["full"] >= {"made", "phases", "table", "self_check", "told"}

@@ -4,8 +4,9 @@ import copy
 import json
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.testing import assert_close
 import shortcut as sc
 import toy_2d
 
-FAST, SLOW = 0.3, 0.8  # decays that a few iterations tell apart
+FAST, SLOW, ALONE = 0.3, 0.8, 0.5  # decays that a few iterations tell apart
 PAPER = sc.ShortcutConfig(shift_range=(3, 3), fast_decay=FAST, slow_decay=SLOW)
 MATCHED = sc.MatchedConfig(3, shift_range=(3, 3), slow_decay=SLOW)
 
@@ -84,7 +85,7 @@ def train_by_hand(config, teacher, ema_warmup):
     matched, fuse = isinstance(config, sc.MatchedConfig), teacher is None
     student = copy.deepcopy(teacher or toy_2d.VelocityMLP()).requires_grad_(True)
     fast, slow = copy.deepcopy(student), copy.deepcopy(student)
-    slow_decay = FAST if fuse and not matched else SLOW
+    slow_decay = ALONE if fuse else SLOW
     optimizer = torch.optim.Adam(student.parameters())
     after = []
     for i in range(ITERATIONS):
@@ -124,9 +125,9 @@ def double():
 @pytest.mark.parametrize("fuse", [False, True], ids=["distil", "fuse"])
 def test_training_is_the_equations(fuse, config, ema_warmup):
     teacher = None if fuse else small_net()
-    train = toy_2d.fuse if fuse else lambda *args, **how: toy_2d.distil(teacher, *args, **how)
-    how = dict(batch=BATCH, rate=RATE, warmup=WARMUP, ema_warmup=ema_warmup)
-    kept = train(toy_2d.moons, config, ITERATIONS, 5, {2, 5}, **how)
+    recipe = toy_2d.Recipe(BATCH, RATE, WARMUP, ema_warmup)
+    settings = (toy_2d.moons, config, ITERATIONS, 5, {2, 5}, recipe)
+    kept = toy_2d.fuse(*settings, ALONE) if fuse else toy_2d.distil(teacher, *settings)
     after = train_by_hand(config, teacher, ema_warmup)
     assert list(kept) == [2, 5, ITERATIONS]
     for iteration, net in kept.items():
@@ -157,25 +158,47 @@ def test_teacher_is_plain_flow_matching():
 def test_distilling_leaves_the_teacher_alone_and_repeats_itself(config):
     teacher = small_net()
     before = weights_of(teacher).clone()
+    recipe = toy_2d.DISTILLATION._replace(batch=8)
     students = [
-        toy_2d.distil(teacher, toy_2d.moons, config, 3, seed, batch=8)[3] for seed in (0, 0, 1)
+        toy_2d.distil(teacher, toy_2d.moons, config, 3, seed, recipe=recipe)[3]
+        for seed in (0, 0, 1)
     ]
     assert torch.equal(weights_of(teacher), before)
     first, same, other = (weights_of(student) for student in students)
     assert torch.equal(first, same) and not torch.equal(first, other)
 
 
+@pytest.mark.usefixtures("double")
 def test_learning_rate_rises_stays_and_falls_to_nothing():
-    _, schedule = toy_2d.adam([nn.Parameter(torch.ones(1))], 0.5, iterations=20, warmup=4)
-    rates = []
-    for _ in range(20):
-        rates += schedule.get_last_lr()
-        schedule.optimizer.step()
-        schedule.step()
-    assert rates[:4] == [0.125, 0.25, 0.375, 0.5]
-    assert rates[4:11] == [0.5] * 7
-    assert_close(rates[11:], [0.05 * i for i in range(9, 0, -1)])
-    assert schedule.get_last_lr() == [0]
+    """While the gradient stays 1, a step of Adam is as long as the learning rate."""
+    net = nn.Linear(1, 1, bias=False)
+    weights = [net.weight.item()]
+    steps = toy_2d.minimize(lambda: net.weight.sum(), net, "net", 0.5, 20, warmup=4)
+    for _ in steps:
+        weights.append(net.weight.item())
+    rates = [before - after for before, after in pairwise(weights)]
+    expected = [0.125, 0.25, 0.375] + [0.5] * 8 + [0.05 * i for i in range(9, 0, -1)]
+    assert_close(rates, expected, rtol=1e-6, atol=0)
+
+
+def test_a_fused_network_has_a_fast_ema_whatever_the_config_has():
+    recipe = toy_2d.FROM_SCRATCH._replace(batch=BATCH, ema_warmup=False)
+    for config in (PAPER, MATCHED):
+        usual, same, slow = (
+            weights_of(toy_2d.fuse(toy_2d.moons, config, 4, 0, recipe=recipe, **more)[4])
+            for more in ({}, {"decay": 0.99}, {"decay": 0.999})
+        )
+        assert torch.equal(usual, same)
+        assert not torch.equal(usual, slow)
+
+
+def test_a_third_kind_of_config_is_an_error():
+    """Not silently the paper's, though it has all that the paper's has."""
+    other = SimpleNamespace(**asdict(PAPER))
+    with pytest.raises(TypeError, match="no windows for a SimpleNamespace"):
+        toy_2d.distil(small_net(), toy_2d.moons, other, 1, seed=0)
+    with pytest.raises(TypeError, match="no windows for a SimpleNamespace"):
+        toy_2d.fuse(toy_2d.moons, other, 1, seed=0)
 
 
 def test_a_loop_that_is_left_keeps_what_it_has_trained():
@@ -202,10 +225,8 @@ def test_flows_are_centred_spread_like_noise_and_repeatable(flow):
     assert torch.equal(x, flow(20_000, seeded()))
 
 
-def test_each_flow_has_its_own_name():
-    assert {name: flow.__name__ for name, flow in toy_2d.FLOWS.items()} == {
-        name: name for name in toy_2d.FLOW_NAMES
-    }
+def test_every_flow_that_the_flag_offers_is_there():
+    assert tuple(toy_2d.FLOWS) == toy_2d.FLOW_NAMES
 
 
 def test_few_shot_data_are_the_points_of_the_pool():
@@ -282,18 +303,38 @@ def test_sampling_in_chunks_changes_nothing(pair):
     assert_close(toy_2d.sample(pair[0], noise, 3, 3.0), whole, atol=1e-5, rtol=1e-5)
 
 
-def test_the_states_of_a_panel_end_where_its_sampler_does(pair):
+def test_a_trajectory_is_the_samplers_states_from_noise_to_sample(pair):
     noise = torch.randn(10, 2, generator=seeded())
-    states = toy_2d.Panel("teacher", pair[0], 4).states(noise, 2.0)
-    assert states.shape == (5, 10, 2) and torch.equal(states[0], noise)
+    states = toy_2d.trajectory(pair[0], noise, 4, 2.0)
+    times = sc.time_grid(4, 2.0)
+    assert states.shape == (5, 10, 2)
+    for i, state in enumerate(states):
+        assert_close(state, sc.euler_sample(pair[0], noise, times[: i + 1]))
     assert_close(states[-1], toy_2d.sample(pair[0], noise, 4, 2.0))
+
+
+def test_floor_is_the_root_mean_square_of_distances_from_fresh_data():
+    """The offset that one reference gives all of them belongs to it."""
+    probe = toy_2d.draw_probe(toy_2d.spirals, seeded(7))
+    generator = seeded(7)
+    reference = toy_2d.spirals(1024, generator)
+    torch.randn(512, 2, generator=generator)
+    torch.randn(256, 2, generator=generator)
+    distances = []
+    for _ in range(8):
+        fresh = toy_2d.spirals(512, generator)
+        distances.append(1e4 * toy_2d.energy_distance(fresh, reference))
+    distances = torch.tensor(distances)
+    assert torch.equal(probe.data, reference)
+    assert_close(probe.floor, distances.square().mean().sqrt().item(), rtol=1e-5, atol=0)
+    assert probe.floor > 1.05 * distances.std(unbiased=False)
 
 
 # ------------------------------------------------------------------------------------- the command
 
 FILES = {"samples.png", "paths.png", "progress.png", "quality.png", "results.json"}
 DISTILLED = ["teacher", "SCFM as published", "matched", "matched, scaled"]
-FUSED = ["flow matching", "fused as published", "fused, matched"]
+FUSED = ["flow matching", "SCFM as published", "matched"]
 
 
 @pytest.fixture(autouse=True)
@@ -364,8 +405,8 @@ def test_what_is_printed_is_measured_in_one_unit(tmp_path, capsys):
     x = toy_2d.sample(toy_2d.scaled(teacher, matched, scale), noise, 8, 2.0)
     assert_close(results["energy"]["matched, scaled"]["8"], 1e4 * toy_2d.energy_distance(x, data))
     assert f"{scale:9.2f}" in printed.splitlines()[-2]
-    labels = [axis.get_ylabel() for name in ("progress.png", "quality.png")
-              for axis in figures[name].axes]  # fmt: skip
+    axes = [*figures["progress.png"].axes, *figures["quality.png"].axes]
+    labels = [axis.get_ylabel() for axis in axes]
     assert sum("energy distance" in label and "x 1e-4" in label for label in labels) == 2
     assert "x 1e-4" in printed and "x 1e-4" in figures["samples.png"].get_suptitle()
 
@@ -386,19 +427,21 @@ def test_few_shot_students_see_the_pool_only_and_the_teacher_all(tmp_path, monke
         return real(teacher, data, *args)
 
     monkeypatch.setattr(toy_2d, "distil", watching)
-    toy_2d.main(["--few-shot", "7", "--iterations", "4", "--out", str(tmp_path)])
+    few = tmp_path / "few"
+    toy_2d.main(["--few-shot", "7", "--iterations", "4", "--out", str(few)])
     assert [len(points) for points in seen] == [7, 7]
     assert torch.equal(*seen)
-    results = json.loads((tmp_path / "results.json").read_text())
-    toy_2d.main(["--iterations", "4", "--out", str(tmp_path)])
-    plain = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((few / "results.json").read_text())
+    full = tmp_path / "full"
+    toy_2d.main(["--iterations", "4", "--out", str(full)])
+    plain = json.loads((full / "results.json").read_text())
     assert results["energy"]["teacher"] == plain["energy"]["teacher"]
     assert results["energy"]["matched"] != plain["energy"]["matched"]
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_fused_networks_get_the_network_calls_of_flow_matching(tmp_path, monkeypatch):
-    """Iterations: 2x and 4x. One EMA that forgets quickly, for the matched windows too."""
+    """Iterations: 2x and 4x."""
     asked = []
     fuse, train_teacher = toy_2d.fuse, toy_2d.train_teacher
     monkeypatch.setattr(toy_2d, "fuse", lambda *args: asked.append(args[1:3]) or fuse(*args))
@@ -408,7 +451,7 @@ def test_fused_networks_get_the_network_calls_of_flow_matching(tmp_path, monkeyp
     flags = ["--fusion", "--shift", "2", "--student-steps", "4", "--iterations", "3"]
     toy_2d.main([*flags, "--out", str(tmp_path)])
     published = sc.ShortcutConfig(shift_range=(2, 2))
-    matched = sc.MatchedConfig(4, shift_range=(2, 2), slow_decay=0.99)
+    matched = sc.MatchedConfig(4, shift_range=(2, 2))
     assert asked == [12, (published, 6), (matched, 6)]
 
 
@@ -425,11 +468,37 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_a_stop_between_figures_leaves_a_folder_that_can_be_used_again(tmp_path, monkeypatch, call):
+    calls = []
+    save = toy_2d.save
+
+    def stopping(figure, path):
+        calls.append(path.name)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        save(figure, path)
+
+    monkeypatch.setattr(toy_2d, "save", stopping)
+    with pytest.raises(SystemExit, match="stopped"):
+        toy_2d.main(["--iterations", "2", "--out", str(tmp_path)])
+    assert len(calls) == call
+    assert toy_2d.foreign_files(tmp_path) == []
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_progress_is_measured_after_iterations_in_equal_ratios(tmp_path):
+    toy_2d.main(["--iterations", "64", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "results.json").read_text())
+    for values in results["errors"]["8"].values():
+        assert [int(i) for i in values] == [2, 3, 4, 6, 8, 11, 16, 23, 32]
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_same_seed_same_table(tmp_path, capsys):
     tables = []
-    for seed in ("0", "0", "1"):
-        toy_2d.main(["--iterations", "15", "--out", str(tmp_path), "--seed", seed])
+    for i, seed in enumerate(("0", "0", "1")):
+        toy_2d.main(["--iterations", "15", "--out", str(tmp_path / str(i)), "--seed", seed])
         tables.append(capsys.readouterr().out.splitlines()[:-1])
     assert tables[0] == tables[1] != tables[2]
 
@@ -484,7 +553,7 @@ def colours_of(figure):
 
 
 def test_a_colour_means_one_sampler_in_all_figures(figures):
-    names = set(FUSED if "fused, matched" in str(colours_of(figures["quality.png"])) else DISTILLED)
+    names = set(FUSED if "flow matching" in str(colours_of(figures["quality.png"])) else DISTILLED)
     found = set().union(*(colours_of(figure) for figure in figures.values()))
     assert {name for name, _ in found} == names
     assert len({colour for _, colour in found}) == len(found) == len(names)
@@ -498,6 +567,14 @@ def test_a_colour_means_one_sampler_in_all_figures(figures):
     assert to_hex(band.get_facecolor()) == data
     for axis in figures["paths.png"].axes:
         assert to_hex(axis.collections[0].get_facecolor()[0]) == data
+
+
+def test_each_panel_of_paths_tells_its_sampler_and_steps(figures):
+    base = "teacher" if "flow.gif" in figures else "flow matching"
+    expected = [f"{base}, 3 steps", "SCFM as published, 3 steps", "matched, 3 steps"]
+    expected.append(f"{base}, 64 steps")
+    for name in figures.keys() & {"paths.png", "flow.gif"}:
+        assert [axis.get_title() for axis in figures[name].axes] == expected
 
 
 def test_legends_and_titles_cover_no_panel_and_stay_inside(figures):
@@ -535,6 +612,28 @@ def test_ticks_are_plain_numbers_that_do_not_collide(figures):
                 assert not any("e" in label.get_text() for label in labels)
                 boxes = [label.get_window_extent() for label in labels]
                 assert not any(a.overlaps(b) for a, b in pairwise(boxes))
+
+
+@pytest.mark.parametrize("steps", [3, 5, 9, 14, 15, 17, 18, 31])
+def test_the_steps_that_the_student_is_trained_for_have_a_tick(steps, tmp_path, monkeypatch):
+    figures = []
+    save = toy_2d.save
+
+    def saving(figure, path):
+        figures.append(figure)
+        save(figure, path)
+
+    monkeypatch.setattr(toy_2d, "save", saving)
+    columns = sorted({*toy_2d.STEPS, steps})
+    energy = {"matched": {n: 100 / n for n in columns}}
+    toy_2d.plot_quality(energy, steps, 1.0, tmp_path / "quality.png")
+    labels = labels_in_view(figures[0].axes[0].xaxis)
+    shown = [int(label.get_text()) for label in labels]
+    assert steps in shown
+    assert set(shown) <= set(columns)
+    assert len(shown) >= len(columns) - 1
+    boxes = [label.get_window_extent() for label in labels]
+    assert not any(a.overlaps(b) for a, b in pairwise(boxes))
 
 
 # ------------------------------------------------------------------------------------------- flags

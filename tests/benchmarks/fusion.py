@@ -34,16 +34,16 @@ PLAIN = 2000  # iterations of plain flow matching
 PLAIN_RECIPE = "plain flow matching"
 
 
-def recipes(decay: float) -> dict[str, sc.ShortcutConfig | sc.MatchedConfig]:
-    """By name. decay: of the EMA."""
+def recipes() -> dict[str, sc.ShortcutConfig | sc.MatchedConfig]:
+    """By name."""
     ratios = {PLAIN_RECIPE: 1.0} | {f"rho {rho}": rho for rho in (0.9, 0.75, 0.5, 0.33, 0.2)}
-    named = {name: common.paper(rho, fast_decay=decay) for name, rho in ratios.items()}
-    return named | {"matched, 3 steps": common.matched(3, slow_decay=decay)}
+    named = {name: common.paper(rho) for name, rho in ratios.items()}
+    return named | {"matched, 3 steps": common.matched(3)}
 
 
 def iterations(recipe: str, plain: int, length: float) -> int:
     """As many as cost what `plain` iterations of plain flow matching do."""
-    config = recipes(0.0)[recipe]
+    config = recipes()[recipe]
     return common.shortened(plain * 3 / common.network_calls(config, fuse=True), length)
 
 
@@ -53,7 +53,7 @@ def suited(recipe: str) -> str:
     Data rows look nowhere but at t, the two halves of a self row as in `vanilla`: by (B) without
     its 1 / n, L = (1 - rho) / rho E[d] / 2.
     """
-    config = recipes(0.0)[recipe]
+    config = recipes()[recipe]
     if isinstance(config, sc.MatchedConfig):
         return str(config.steps)
     rho = config.teacher_ratio
@@ -67,8 +67,9 @@ def measure_flow(recipe: str, flow: str, seed: int, length: float) -> dict:
     """Errors by steps. The EMA has a constant decay: it averages over 20 iterations."""
     on = common.FlowMeasure(flow, seed, length)
     count = iterations(recipe, PLAIN, length)
-    config = recipes(0.95)[recipe]
-    net = toy_2d.fuse(on.data, config, count, seed, ema_warmup=False)[count]
+    config = recipes()[recipe]
+    constant = toy_2d.FROM_SCRATCH._replace(ema_warmup=False)
+    net = toy_2d.fuse(on.data, config, count, seed, recipe=constant, decay=0.95)[count]
     return {"errors": {n: on.error(net, n) for n in STEPS}, "iterations": count}
 
 
@@ -77,7 +78,7 @@ def tasks(flows, seeds) -> dict[str, list[common.Task]]:
         {"flow": flow, "seed": seed, "recipe": recipe}
         for seed in seeds
         for flow in flows
-        for recipe in recipes(0.0)
+        for recipe in recipes()
     ]
     on_flux = [{"seed": seed, "recipe": recipe} for seed in seeds[:3] for recipe in FLUX_RECIPES]
     return {
@@ -187,7 +188,7 @@ class TinyFlux:
 tiny_flux = cache(TinyFlux)
 
 
-def pretrain(world: TinyFlux, config, count: int, seed: int, batch: int = 64):
+def pretrain(world: TinyFlux, config, count: int, seed: int, batch: int = 64, decay=0.99):
     """The EMA of a network; optimizer and schedule are those of make_tiny_flux.py."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -214,7 +215,6 @@ def pretrain(world: TinyFlux, config, count: int, seed: int, batch: int = 64):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        decay = config.slow_decay if is_matched else config.fast_decay
         sc.update_ema(ema.parameters(), weights, decay)
     return ema
 
@@ -225,7 +225,7 @@ def measure_flux(recipe: str, seed: int, length: float) -> dict:
     net = world.pipe.transformer
     if recipe != "teacher":
         count = iterations(recipe, FLUX_PLAIN, length)
-        net = pretrain(world, recipes(0.99)[recipe], count, seed)
+        net = pretrain(world, recipes()[recipe], count, seed)
     generator = torch.Generator().manual_seed(30_000 + seed)
     velocity = world.velocity(net)
     judge = common_flux.train_judge(common.shortened(500, length))

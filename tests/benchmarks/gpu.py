@@ -170,7 +170,7 @@ def distilled(*flags: str) -> dict:
         if done.returncode:
             return found | {"error": (done.stdout + done.stderr)[-1500:]}
         results = json.loads((Path(out) / "results.json").read_text())
-    told = [line for line in done.stdout.splitlines() if "an iteration; training takes" in line]
+    told = [line for line in done.stdout.splitlines() if "per iteration; training takes" in line]
     found["told"] = told
     for name in ("phases", "table", "self_check", "seed_to_seed"):
         found[name] = results[name]

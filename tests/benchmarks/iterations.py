@@ -64,11 +64,11 @@ def measure_curve(recipe: str, setting: dict, flow: str, seed: int, length: floa
     on = common.FlowMeasure(flow, seed, length)
     teacher = common.train_teacher(flow, seed, length)
     config, ema_warmup = config_of(recipe, setting["ema"])
-    batch, rate = setting["batch"], setting["rate"]
+    batch = setting["batch"]
     last = common.shortened(setting.get("iterations", ITERATIONS[batch]), length)
     snapshots = [i for i in SNAPSHOTS if i < last] + [last]
-    how = dict(batch=batch, rate=rate, ema_warmup=ema_warmup)
-    students = toy_2d.distil(teacher, on.data, config, last, seed, snapshots, **how)
+    how = toy_2d.Recipe(batch, setting["rate"], warmup=1, ema_warmup=ema_warmup)
+    students = toy_2d.distil(teacher, on.data, config, last, seed, snapshots, how)
     calibrated = [on.calibrated(teacher, students[i], 3) for i in snapshots]
     calls_of_row = common.network_calls(config)
     return {

@@ -40,7 +40,7 @@ RHOS = (0.2, 0.3, 0.4, 0.52, 0.6, 0.7, 0.8, 0.9)
 MATCHED_STEPS = (2, 3, 4, 6, 8)
 FLOWS = ["moons", "gaussians"]
 ITERATIONS = 4000
-SLOWLY = dict(rate=1e-3, warmup=100, ema_warmup=False)
+SLOWLY = toy_2d.Recipe(batch=512, rate=1e-3, warmup=100, ema_warmup=False)
 SHOWN = {32: "o", 24: "s", 16: "^", 8: "v"}  # grid times of the first panel, and their markers
 DISTRIBUTIONS = ("exponential", "uniform", "predicted distribution")
 Config = sc.ShortcutConfig | sc.MatchedConfig
@@ -293,7 +293,7 @@ def measure_student(
 def settled_student(teacher, flow: str, config: Config, iterations: int, seed: int, length: float):
     """A student of a long training with small steps."""
     last = common.shortened(iterations, length)
-    return toy_2d.distil(teacher, toy_2d.FLOWS[flow], config, last, seed, **SLOWLY)[last]
+    return toy_2d.distil(teacher, toy_2d.FLOWS[flow], config, last, seed, recipe=SLOWLY)[last]
 
 
 def targets(student, teacher, config: sc.ShortcutConfig, on_path: bool) -> Callable:

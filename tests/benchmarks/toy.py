@@ -108,8 +108,7 @@ def students_at_shift_3(on, teacher, seed: int, length: float) -> dict:
 def trained_from_scratch(on, seed: int, length: float) -> dict:
     """Pretraining fusion, and plain flow matching with twice as many iterations."""
     iterations = common.shortened(FUSED, length)
-    config = common.matched(3, slow_decay=0.99)
-    fused = toy_2d.fuse(on.data, config, iterations, seed)[iterations]
+    fused = toy_2d.fuse(on.data, common.matched(3), iterations, seed)[iterations]
     plain = toy_2d.train_teacher(on.data, 2 * iterations, seed)
     steps = STUDENT_STEPS[1:]
     return {
