@@ -226,7 +226,7 @@ def wrong_combination(settings: Settings) -> str | None:
                 " --teacher-steps")  # fmt: skip
     if max(settings.steps) > settings.teacher_steps:
         return (f"--steps {max(settings.steps)} must be at most --teacher-steps"
-                f" {settings.teacher_steps}, with which all are compared")  # fmt: skip
+                f" {settings.teacher_steps}, with which all are compared: give --steps")  # fmt: skip
     if settings.warmup > settings.iterations:
         return (f"--warmup {settings.warmup} ends after the last of --iterations"
                 f" {settings.iterations}, so --learning-rate is never reached: give a shorter"
