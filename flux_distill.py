@@ -225,8 +225,8 @@ def wrong_combination(settings: Settings) -> str | None:
         return (f"--student-steps {settings.student_steps} must be at most {most}, half of"
                 " --teacher-steps")  # fmt: skip
     if max(settings.steps) > settings.teacher_steps:
-        return (f"--steps {max(settings.steps)} must be at most --teacher-steps"
-                f" {settings.teacher_steps}, with which all are compared")  # fmt: skip
+        return (f"--steps {max(settings.steps)} is more than --teacher-steps"
+                f" {settings.teacher_steps}, with which all are compared: give both")  # fmt: skip
     if settings.warmup > settings.iterations:
         return (f"--warmup {settings.warmup} ends after the last of --iterations"
                 f" {settings.iterations}, so --learning-rate is never reached: give a shorter"

@@ -105,7 +105,7 @@ def test_the_students_own_steps_are_always_among_all_steps():
     ("--teacher-steps 0", "--teacher-steps: 0 must be at least 2"),
     ("--teacher-steps 1", "--teacher-steps: 1 must be at least 2"),
     ("--teacher-steps 8.5", "--teacher-steps: invalid"),
-    ("--steps 2 9", "--steps 9 must be at most --teacher-steps 8, with which all are compared"),
+    ("--steps 2 9", "--steps 9 is more than --teacher-steps 8, with which all are compared"),
     ("--steps 2 0", "--steps: 0 must be at least 1"),
     ("--steps 2,3", "--steps: invalid"),
     ("--steps", "--steps: expected at least one argument"),
