@@ -312,8 +312,8 @@ if signal.getsignal(signal.SIGINT) is stop_before_main:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # The backward pass of cuDNN's attention, which PyTorch 2.11 and newer prefer on H100 and H200,
-# gives wrong gradients there: finite and 800 times too large, or NaN. It is switched off here, so
-# that this holds for everybody who calls the network through this module.
+# gives wrong gradients there: far too large, or NaN. It is switched off here, so that this holds
+# for everybody who calls the network through this module.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 LORA = "pytorch_lora_weights.safetensors"  # files in --out
@@ -570,6 +570,24 @@ def rms(x: Tensor) -> float:
 # ------------------------------------------------------------------------------- the model family
 
 
+class RotaryCache(torch.nn.Module):
+    """The rotary embedding of positions, computed once for each `key` that a caller sets."""
+
+    def __init__(self, base: torch.nn.Module):
+        super().__init__()
+        self.base = base
+        self.key = None  # what tells the next call's positions apart; None: compute
+        self.known = {}
+
+    def forward(self, ids: Tensor):
+        key, self.key = self.key, None
+        if key is None:
+            return self.base(ids)
+        if key not in self.known:
+            self.known[key] = self.base(ids)
+        return self.known[key]
+
+
 class Flux:
     """FLUX.1-dev and its tunes: all that this file knows of a family of models.
 
@@ -597,6 +615,11 @@ class Flux:
         """(C, H, W) of a square image, from the configs of transformer and VAE."""
         size = resolution // 2 ** (len(vae["block_out_channels"]) - 1)
         return transformer["in_channels"] // 4, size, size
+
+    @staticmethod
+    def prepare(net: FluxTransformer2DModel) -> None:
+        """What speeds the network up without changing what it computes."""
+        net.pos_embed = RotaryCache(net.pos_embed)
 
     @staticmethod
     def blocks(net: FluxTransformer2DModel) -> list[torch.nn.Module]:
@@ -771,9 +794,9 @@ class Model:
         """The stock pipeline with its "text" or "image" side; fresh: as it is on disk."""
         if side != self.loaded or fresh:
             self.unload()
-            whole = explain(f"--model {self.name} can't be loaded: is it complete?",
+            readable = explain(f"--model {self.name} can't be loaded: is it complete?",
                             OSError, ValueError, RuntimeError, SafetensorError)  # fmt: skip
-            with self.name_missing_package(), whole:
+            with self.name_missing_package(), readable:
                 self.pipe = self.read(side)
             self.pipe.to(self.machine.device)
             self.pipe.set_progress_bar_config(disable=True)
@@ -841,26 +864,26 @@ def check_memory(settings: Settings, model: Model) -> None:
     parameters = sum(p.numel() for p in net.parameters())
     if parameters > 1e9 and machine.device == "cpu":
         die(f"--model {model.name} has {parameters / 1e9:.0f} billion parameters and PyTorch sees"
-            " no GPU: use one of 48 GB or more (if nvidia-smi shows one, its driver is older than"
+            " no GPU: use one of 40 GB or more (if nvidia-smi shows one, its driver is older than"
             " 580: pip install 'torch<2.11'), or try --model tests/tiny_flux here")  # fmt: skip
-    width = machine.dtype.itemsize
+    bytes_each = machine.dtype.itemsize
     blocks = len(model.family.blocks(net))
     every = settings.recompute_every
     recomputed = math.ceil(blocks / every) if every else 0
 
-    base = parameters * (1 if settings.quantize else width)
+    base = parameters * (1 if settings.quantize else bytes_each)
     if settings.quantize:  # torchao computes with copies, which autograd keeps in other blocks
-        base += parameters * width * (blocks - recomputed) / blocks
-    # Activations kept for a token, of its width: the input of a recomputed block, about 28 of any
-    # other, and 45 while a block is recomputed.
+        base += parameters * bytes_each * (blocks - recomputed) / blocks
+    # Activations kept for a token, as multiples of the network's width: 1 for the input of a
+    # recomputed block, about 28 for any other block, and 45 while a block is recomputed.
     kept = recomputed + 28 * (blocks - recomputed) + 45 * (recomputed > 0)
     _, latent_height, latent_width = model.latent_shape(settings.resolution)
     tokens = settings.batch * (latent_height * latent_width // 4 + settings.text_tokens)
-    activations = width * tokens * kept * net.inner_dim
+    activations = bytes_each * tokens * kept * net.inner_dim
     layers = model.family.lora_layers(net, settings.layers)
     lora = settings.rank * sum(sum(net.get_submodule(name).weight.shape) for name in layers)
     vectors = 6 if settings.paper else 5  # student, gradient, two moments, EMAs, in float32
-    need = base + activations + lora * (4 * vectors + 2 * width)
+    need = base + activations + lora * (4 * vectors + 2 * bytes_each)
     have = machine.memory()
     if need > have:
         die(f"training needs about {need / 2**30:.0f} GiB of {have / 2**30:.0f} GiB; {LESS_MEMORY}")
@@ -1065,11 +1088,12 @@ def list_images(folder: Path) -> tuple[list[tuple[Path, str]], list[str], list[s
             with_options.append(path.stem + ".txt")
 
     notes = []
-    alone = sorted(captions.keys() - {path.stem for path in images})
-    if alone:
-        names = some([captions[stem].name for stem in alone])
-        notes.append(f"ignored {counted(alone, 'caption')} without an image ({names}): add the"
-                     " images if they should be there")  # fmt: skip
+    without_image = sorted(captions.keys() - {path.stem for path in images})
+    if without_image:
+        names = some([captions[stem].name for stem in without_image])
+        count = counted(without_image, "caption")
+        notes.append(f"ignored {count} without an image ({names}): add the images if they should be"
+                     " there")  # fmt: skip
     if with_options:
         names = some(with_options)
         notes.append(f"kept {counted(with_options, 'caption')} with options like --ar 16:9, which"
@@ -1364,24 +1388,6 @@ class LoRALinear(torch.nn.Module):
         return y.reshape(*x.shape[:-1], -1)
 
 
-class RotaryCache(torch.nn.Module):
-    """The rotary embedding of positions, computed once for each `key` that a caller sets."""
-
-    def __init__(self, base: torch.nn.Module):
-        super().__init__()
-        self.base = base
-        self.key = None  # what tells the next call's positions apart; None: compute
-        self.known = {}
-
-    def forward(self, ids: Tensor):
-        key, self.key = self.key, None
-        if key is None:
-            return self.base(ids)
-        if key not in self.known:
-            self.known[key] = self.base(ids)
-        return self.known[key]
-
-
 class LoRA:
     """A LoRA on a frozen transformer; its weights can be swapped.
 
@@ -1406,7 +1412,7 @@ class LoRA:
         """Freeze the network and put LoRA layers around linear ones: A normal, B zero."""
         net = self.net
         net.requires_grad_(False)
-        net.pos_embed = RotaryCache(net.pos_embed)
+        self.family.prepare(net)
         bases = {name: net.get_submodule(name) for name in names}
         all_A = []
         for name, base in bases.items():
