@@ -26,6 +26,7 @@ import flux
 import iterations
 import lookahead
 import quality
+import report
 import toy
 
 FOLDER = Path(__file__).parent / "benchmarks"
@@ -91,7 +92,7 @@ def test_a_longer_benchmark_prints_its_tables(name, flags, words, tmp_path):
 
 
 def test_every_benchmark_runs():
-    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"common", "common_flux"}
+    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"common", "common_flux", "report"}
     scripts.remove("gpu")  # test_speed.py runs it: it has other flags
     assert scripts == {name for name, *_ in RUNS + SLOW_RUNS}
 
@@ -209,6 +210,23 @@ def test_tables_of_a_lora_on_all_layers_are_made_from_what_is_stored():
         "| student: all pairs, 600 iterations | 0.220 ± 0.020 | 0.150 ± 0.054 |"
     )
     assert longer.endswith("|  |  |")  # 9 and 12 steps
+
+
+# ---------------------------------------------------------------------------------------- the page
+
+
+def test_the_page_is_what_its_numbers_say():
+    """It is not written by hand: python tests/benchmarks/report.py"""
+    _, rendered, _ = report.split(report.PAGE.read_text())
+    assert rendered == report.render()
+
+
+def test_a_changed_number_changes_the_page(monkeypatch, tmp_path):
+    text = (common.RESULTS / "gpu.json").read_text()
+    assert "34.1" in report.render() and "77.7" not in report.render()
+    (tmp_path / "gpu.json").write_text(text.replace('"gib": 34.', '"gib": 77.7, "was": 34.', 1))
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    assert "77.7" in report.render()
 
 
 # ------------------------------------------------------------------------------ definitions of each

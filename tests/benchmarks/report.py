@@ -1,0 +1,74 @@
+"""Render results/*.json into the page beside this script: python tests/benchmarks/report.py
+
+The page's part between the two marks is written from the numbers alone, never by hand. The script
+prints which sections are of sources that have changed since.
+"""
+
+import sys
+from pathlib import Path
+
+import common
+import flux
+import gpu
+import lookahead
+import toy
+
+PAGE = Path(__file__).with_name("README.md")
+BEGIN = "<!-- rendered by report.py: begin -->"
+END = "<!-- rendered by report.py: end -->"
+SECTIONS = {  # file of results: title, the script that made it
+    "toy": ("2-D flows", toy),
+    "lookahead": ("Look-ahead of a table in place of a network", lookahead),
+    "gpu": ("A GPU", gpu),
+    "layers": ("LoRA on all linear layers, or inside the blocks", flux),
+}
+
+
+def made_on(rows: list[common.Row]) -> str:
+    """Machines and versions, in one line."""
+    told = []
+    for row in rows:
+        versions = [f"{name} {number}" for name, number in row.origin["versions"].items()]
+        line = f"{row.origin['machine']}; {', '.join(versions)}"
+        if row.origin.get("note"):
+            line += f"; {row.origin['note']}"
+        if line not in told:
+            told.append(line)
+    return " / ".join(told)
+
+
+def section(name: str, rows: list[common.Row]) -> list[str]:
+    title, script = SECTIONS[name]
+    what = script.__doc__.split("\n\n", 1)[-1].strip()
+    lines = [f"## {title}", "", f"`results/{name}.json`, {made_on(rows)}.", "", what, ""]
+    return [*lines, *script.tables(rows), ""]
+
+
+def render() -> str:
+    """The text between the marks."""
+    lines = []
+    for name in SECTIONS:
+        rows = common.load(common.RESULTS / f"{name}.json")
+        if rows:
+            lines += section(name, rows)
+    return "\n".join(lines).strip()
+
+
+def split(page: str) -> tuple[str, str, str]:
+    """What stands before the marks, between them, and after them."""
+    before, rest = page.split(BEGIN)
+    between, after = rest.split(END)
+    return before, between.strip(), after
+
+
+def main() -> None:
+    before, _, after = split(PAGE.read_text())
+    PAGE.write_text(f"{before}{BEGIN}\n\n{render()}\n\n{END}{after}")
+    for name in SECTIONS:
+        changed = common.changed_sources(common.load(common.RESULTS / f"{name}.json"))
+        if changed:
+            print(f"{name}: since measured, {', '.join(changed)} changed", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
