@@ -4,6 +4,7 @@ The page's part between the two marks is written from the numbers alone, never b
 prints which sections are of sources that have changed since.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -46,12 +47,18 @@ def section(name: str, rows: list[common.Row]) -> list[str]:
 
 def render() -> str:
     """The text between the marks."""
-    lines = []
-    for name in SECTIONS:
+    contents, sections = [], []
+    for name, (title, _) in SECTIONS.items():
         rows = common.load(common.RESULTS / f"{name}.json")
         if rows:
-            lines += section(name, rows)
-    return "\n".join(lines).strip()
+            contents.append(f"- [{title}](#{anchor(title)})")
+            sections += section(name, rows)
+    return "\n".join([*contents, "", *sections]).strip()
+
+
+def anchor(title: str) -> str:
+    """What a heading is linked by."""
+    return re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-")
 
 
 def split(page: str) -> tuple[str, str, str]:
