@@ -808,7 +808,8 @@ class Model:
         free_memory()
 
     def read(self, side: str) -> FluxPipeline:
-        family, dtype = self.family, self.machine.dtype
+        family = self.family
+        dtype = self.machine.dtype
         if side == "image":
             parts = dict.fromkeys(family.text_side)
             if self.quantize:
@@ -1040,8 +1041,8 @@ def read_images(
     pairs, skipped, notes = list_images(folder)
     mine = pairs[machine.process :: machine.processes]
     bar = machine.progress(mine, "check images", unit="image")
-    looked_at = {image.path: image for image in machine.collect(
-        [look_at(path, caption, is_cached) for path, caption in bar])}  # fmt: skip
+    checked = machine.collect([look_at(path, caption, is_cached) for path, caption in bar])
+    looked_at = {image.path: image for image in checked}
     found, flat = [], []
     for path, caption in pairs:
         image = looked_at[path]
@@ -1529,7 +1530,6 @@ class LoRA:
 
 # ----------------------------------------------------------------------------------- phase 2: train
 
-
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
@@ -1566,7 +1566,8 @@ class TrainState:
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        metadata, saved = read_metadata(path), load_file(path)
+        metadata = read_metadata(path)
+        saved = load_file(path)
         for name, weights in self.weights.items():
             weights.copy_(saved[name])
         self.rows, self.done, self.checks = (metadata[name] for name in ("rows", "done", "checks"))
@@ -1626,7 +1627,8 @@ def train(
 
     A resumed run first yields the iteration that it resumes from, as its validation may be missing.
     """
-    config, machine = windows_of(settings), cache.machine
+    config = windows_of(settings)
+    machine = cache.machine
     passes = settings.accumulate * machine.processes  # for one optimizer step
     student, optimizer = state.student, state.optimizer
     if state.iteration:
@@ -1652,9 +1654,9 @@ def train(
         machine.add_up(sums, counts, student.grad)
 
         norm = torch.nn.utils.clip_grad_norm_(student, 10.0).item()
-        loss, *logged = (sums / counts).tolist()
-        if not math.isfinite(loss + norm):
-            die(f"iteration {iteration}: loss {loss}, gradient norm {norm}. Stopped, the last"
+        mean_loss, *logged = (sums / counts).tolist()
+        if not math.isfinite(mean_loss + norm):
+            die(f"iteration {iteration}: loss {mean_loss}, gradient norm {norm}. Stopped, the last"
                 " checkpoint is kept; try a lower --learning-rate or a longer --warmup in another"
                 " --out")  # fmt: skip
         rate = settings.learning_rate * min(1, iteration / max(1, settings.warmup))
@@ -1664,7 +1666,7 @@ def train(
         for name, decay in state.decays.items():
             sc.update_ema([state.weights[name]], [student], sc.warm_up(decay, iteration))
 
-        row = {"iteration": iteration, "loss": loss}
+        row = {"iteration": iteration, "loss": mean_loss}
         for name, value in zip(log, logged):
             if not math.isnan(value):  # no pass had such rows
                 row[name] = value
@@ -1739,8 +1741,8 @@ def watch(
             is_last = iteration == settings.iterations
             due = is_last or iteration % settings.validate_every == 0
             stop = machine.any(bool(asked))
-            wanted = due or stop or iteration % settings.checkpoint_every == 0
-            if machine.lead and wanted and iteration > state.saved:
+            is_checkpoint = due or stop or iteration % settings.checkpoint_every == 0
+            if machine.lead and is_checkpoint and iteration > state.saved:
                 write_log(run.out, state.rows)
                 state.save(run)
                 costs.save()
@@ -1773,7 +1775,9 @@ def validate(
     settings: Settings, run: Run, validation: "Validation", state: TrainState, bar: tqdm
 ) -> bool:
     """Add a validation to the log, and see whether training is done; returns whether it is lost."""
-    row, iteration, N = state.rows[-1], state.iteration, settings.student_steps
+    row = state.rows[-1]
+    iteration = state.iteration
+    N = settings.student_steps
     row |= validation.report(state.student, run.out / f"validation/{iteration:06d}.png")
     bar.set_postfix({f"lam*({N})": f"{row[f'lam_{N}']:.2f}"})
     lost = has_diverged(settings, row, 5.0)
@@ -1914,7 +1918,8 @@ class Validation:
         Two searches, from lam* on. A wide one that ends at its own border is repeated around that,
         up to those of SCALES.
         """
-        lam, distances = self.lam(weights, steps), {}
+        lam = self.lam(weights, steps)
+        distances = {}
 
         def look(center: float, spread: float) -> float:
             tries = center * np.linspace(1 - spread, 1 + spread, 5)
@@ -1956,14 +1961,17 @@ def has_diverged(settings: Settings, row: dict[str, float], factor: float = 2.0)
     One that is far off because it overshoots keeps a lam* of about 1 / (1 + factor): a scale mends
     it, and it has not diverged.
     """
-    student, lam = row["rmse"], row[f"lam_{settings.student_steps}"]
+    student = row["rmse"]
+    lam = row[f"lam_{settings.student_steps}"]
     far = student > factor * row["teacher_rmse"]
     return not math.isfinite(student) or (far and not lam >= 0.1)
 
 
 def verdict(settings: Settings, row: dict[str, float], has_scale: bool = True) -> str:
     """In words, whether the student learned; has_scale: a scale was found, or may be."""
-    N, student, teacher = settings.student_steps, row["rmse"], row["teacher_rmse"]
+    N = settings.student_steps
+    student = row["rmse"]
+    teacher = row["teacher_rmse"]
     lam = row[f"lam_{N}"]
     distances = (f"in {N} steps the student ends {student:.3f} from the teacher's"
                  f" {settings.teacher_steps} steps, the teacher itself {teacher:.3f}")  # fmt: skip
@@ -2008,7 +2016,8 @@ def device_errors(settings: Settings, cache: Cache, lora: LoRA) -> dict[str, flo
     All of these errors are silent: finite numbers, and a student that learns something else. The
     LoRA is drawn away from the teacher, so that every weight of it has a gradient.
     """
-    data, device = cache.data, cache.machine.device
+    data = cache.data
+    device = cache.machine.device
     generator = keyed(settings.seed, "check device")
     # Cropped: plain attention takes memory by the square of the tokens.
     x_0 = cache.latent(0)[None, :, :64, :64].to(device)
@@ -2058,7 +2067,8 @@ def device_errors(settings: Settings, cache: Cache, lora: LoRA) -> dict[str, flo
                 references = velocities(torch.float32)
             for name, v, reference in zip(("teacher", "student"), ours, references):
                 found[name] = difference(v, reference)
-    N, shift = settings.student_steps, settings.shift
+    N = settings.student_steps
+    shift = settings.shift
     cond, start = cache.held_out([0], "check")
     times = sc.time_grid(N, shift).to(device)
     ours = sc.euler_sample(lora.velocity(None), start, times, **cond)
@@ -2076,7 +2086,9 @@ def calibrate(settings: Settings, run: Run, validation: Validation, state: Train
 
     All on validation prompts and noises. The one that ends nearer to the teacher is saved.
     """
-    cache, lora, N = validation.cache, validation.lora, settings.student_steps
+    cache = validation.cache
+    lora = validation.lora
+    N = settings.student_steps
     model = cache.model
     found, measured = {}, {}
     for name in ("student", "slow"):
@@ -2164,7 +2176,8 @@ def load_student(model: Model, out: Path, scale: float) -> FluxPipeline:
 def compare(settings: Settings, cache: Cache, run: Run) -> dict:
     """Phase 4: a stock pipeline with the saved file against the teacher, on held-out prompts."""
     model, data, machine = cache.model, cache.data, cache.machine
-    adapter, N = read_adapter(run.out), settings.student_steps
+    adapter = read_adapter(run.out)
+    N = settings.student_steps
     pipe = load_student(model, run.out, adapter["scales"][N])
 
     def sample(noise: Tensor, steps: int, cond: dict[str, Tensor]) -> Tensor:
@@ -2347,7 +2360,8 @@ def forecast(
     settings: Settings, machine: Machine, validation: Validation, iteration: int, seconds: float
 ) -> str:
     """What is still to come, in words, from the seconds of one iteration."""
-    every_n, N = sum(settings.all_steps), settings.student_steps
+    every_n = sum(settings.all_steps)
+    N = settings.student_steps
     call = validation.seconds  # one network call, on all validation rows
     validate = call * (N + every_n)  # a sampling, and a velocity at each step for lam*
     calibrate = call * 11 * (every_n + N)  # ten samplings and lam*; at N for two sets of weights
@@ -2363,7 +2377,8 @@ def forecast(
              f" {duration(calibrate)} and comparison {duration(compare)}")  # fmt: skip
     if machine.device != "cuda":
         return words
-    peak, card = machine.peak_memory(), machine.memory() / 2**30
+    peak = machine.peak_memory()
+    card = machine.memory() / 2**30
     words += f"; peak memory {peak:.1f} of {card:.1f} GiB"
     if peak > 0.95 * card:
         words += f". ALARM: that is nearly all, and may not last; {LESS_MEMORY}"
@@ -2654,7 +2669,9 @@ COMFY_SHIFT = math.exp(1.15)  # of Flux in ComfyUI, where no node sets another
 def card(results: dict, out: Path, machine: Machine) -> str:
     """The model card."""
     adapter = results["adapter"]
-    settings, N, shift = adapter["settings"], adapter["student_steps"], adapter["shift"]
+    settings = adapter["settings"]
+    N = adapter["student_steps"]
+    shift = adapter["shift"]
     dtype = precision = str(machine.dtype).removeprefix("torch.")
     int8 = settings["quantize"] == "int8"
     if int8:
