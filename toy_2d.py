@@ -444,9 +444,16 @@ def draw_probe(data: Data, generator: torch.Generator) -> Probe:
     reference = data(2 * POINTS, generator)
     noise = torch.randn(POINTS, 2, generator=generator)
     validation = torch.randn(256, 2, generator=generator)
-    repeats = [energy_distance(data(POINTS, generator), reference) / UNIT for _ in range(8)]
-    floor = np.sqrt(np.mean(np.square(repeats))).item()
+    floor = sampling_error(data, POINTS, reference, generator) / UNIT
     return Probe(reference, noise, validation, floor)
+
+
+def sampling_error(
+    data: Data, count: int, reference: Tensor, generator: torch.Generator, repeats: int = 8
+) -> float:
+    """Root mean square of energy distances from `count` fresh data points to the reference."""
+    distances = [energy_distance(data(count, generator), reference) for _ in range(repeats)]
+    return float(np.sqrt(np.mean(np.square(distances))))
 
 
 def energy_distance(x: Tensor, y: Tensor, directions: int = 16) -> float:
@@ -460,9 +467,8 @@ def energy_distance(x: Tensor, y: Tensor, directions: int = 16) -> float:
     axes = torch.stack([angle.cos(), angle.sin()])
     x, y = (x @ axes).T.numpy(), (y @ axes).T.numpy()
 
-    def pair_sum(
-        z: np.ndarray,
-    ) -> float:  # sum over i < j of |z_i - z_j|, averaged over the directions
+    def pair_sum(z: np.ndarray) -> float:
+        """Sum over i < j of |z_i - z_j|, averaged over the directions."""
         rank = 2.0 * np.arange(z.shape[1]) - z.shape[1] + 1
         return math.pi / 2 * (np.sort(z) @ rank).mean().item()
 
@@ -481,9 +487,10 @@ def sample(net: nn.Module, x: Tensor, steps: int, shift: float = 1.0) -> Tensor:
 def calibrate(base: nn.Module, student: nn.Module, noise: Tensor, steps: int, shift=1.0) -> float:
     """Scale of the student for a number of steps, from validation noise alone.
 
-    The search is over scales within a factor of 1.6 around lam*, which is clamped to 0.01-10. It
-    takes the one whose samples are, as a set, nearest to the teacher's fine endpoints from the same
-    noise. (Sample by sample, the mean square would favour scales that blur.)
+    The search is over scales within a factor of 1.6 around lam*, which is clamped to 0.01-10, and
+    over 0 and 1, the teacher and the unscaled student. It takes the one whose samples are, as a
+    set, nearest to the teacher's fine endpoints from the same noise. (Sample by sample, the mean
+    square would favour scales that blur.)
     """
     path = sc.teacher_path(base, noise, sc.time_grid(steps, shift))
     lam = sc.optimal_scale(student, path).clamp(0.01, 10).item()
@@ -492,7 +499,8 @@ def calibrate(base: nn.Module, student: nn.Module, noise: Tensor, steps: int, sh
     def distance(scale: float) -> float:
         return energy_distance(sample(scaled(base, student, scale), noise, steps, shift), target)
 
-    return min(np.geomspace(lam / 1.6, lam * 1.6, 21).tolist(), key=distance)
+    scales = [*np.geomspace(lam / 1.6, lam * 1.6, 21).tolist(), 0.0, 1.0]
+    return min(scales, key=distance)
 
 
 def each(rows: Rows, function: Callable[[int, Any], Any]) -> Rows:

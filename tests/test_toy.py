@@ -297,6 +297,23 @@ def test_calibration_is_near_the_closed_form_and_better_than_scale_1(pair):
     assert toy_2d.calibrate(teacher, teacher, noise, 3) <= 16  # untrained: lam* is inf, capped
 
 
+def test_calibration_never_ends_farther_from_the_teacher_than_teacher_or_unscaled_student(pair):
+    """For one step at shift 3, lam* fits a mean velocity that no sample needs."""
+    teacher, student = pair
+    noise = torch.randn(256, 2, generator=seeded())
+    for flip in (1.0, -1.0):  # a student that learned the opposite needs scale 0
+        net = toy_2d.scaled(teacher, student, flip)
+        for n, shift in ((1, 3.0), (3, 1.0)):
+            fine = toy_2d.sample(teacher, noise, 64, shift)
+
+            def distance(scale, net=net, n=n, shift=shift, fine=fine):
+                moved = toy_2d.scaled(teacher, net, scale)
+                return toy_2d.energy_distance(toy_2d.sample(moved, noise, n, shift), fine)
+
+            scale = toy_2d.calibrate(teacher, net, noise, n, shift)
+            assert distance(scale) <= min(distance(0.0), distance(1.0))
+
+
 def test_sampling_in_chunks_changes_nothing(pair):
     noise = torch.randn(5000, 2, generator=seeded())
     whole = sc.euler_sample(pair[0], noise, sc.time_grid(3, 3.0))

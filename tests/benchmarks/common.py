@@ -323,8 +323,7 @@ class FlowMeasure:
         self.noise = torch.randn(points, 2, generator=generator)
         self.validation = torch.randn(256, 2, generator=generator)
         self.pool = self.data(10, generator)  # of few-shot training
-        draws = [self.data(points, generator) for _ in range(8)]
-        self.floor = float(np.std([toy_2d.energy_distance(x, self.reference) for x in draws]))
+        self.floor = toy_2d.sampling_error(self.data, points, self.reference, generator)
 
     def error(self, velocity, steps: int, shift: float = 1.0) -> float:
         """Unbiased energy distance of Euler samples to fresh data."""
@@ -375,25 +374,37 @@ def network_calls(config: sc.ShortcutConfig | sc.MatchedConfig, fuse: bool = Fal
 
 
 @torch.no_grad()
-def mean_velocity(teacher, x: Tensor, t: Tensor, t_end: Tensor, calls: int, **cond) -> Tensor:
-    """The teacher's mean velocity from x (B, ...) at t down to t_end (B,), by midpoint steps.
+def mean_velocity(
+    teacher, x: Tensor, t: Tensor, t_end: Tensor, calls: int, euler: bool = False, **cond
+) -> Tensor:
+    """The teacher's mean velocity from x (B, ...) at t down to t_end (B,), in so many calls.
 
-    A midpoint step takes two of the `calls`.
+    By midpoint steps, of two calls each, or by Euler steps.
     """
-    steps = calls // 2
+    steps = calls if euler else calls // 2
     per_row = (-1, *[1] * (x.ndim - 1))
     step = (t - t_end) / steps
     x_end = x
     for i in range(steps):
         t_i = t - i * step
         v = teacher(x_end, t_i, **cond)
-        x_half = x_end - step.reshape(per_row) / 2 * v
-        x_end = x_end - step.reshape(per_row) * teacher(x_half, t_i - step / 2, **cond)
+        if not euler:
+            x_half = x_end - step.reshape(per_row) / 2 * v
+            v = teacher(x_half, t_i - step / 2, **cond)
+        x_end = x_end - step.reshape(per_row) * v
     return (x - x_end) / (t - t_end).reshape(per_row)
 
 
 def direct_loss(
-    config: sc.MatchedConfig, calls: int, teacher, student, x_0, noise, generator, **cond
+    config: sc.MatchedConfig,
+    calls: int,
+    teacher,
+    student,
+    x_0,
+    noise,
+    generator,
+    euler: bool = False,
+    **cond,
 ) -> Tensor:
     """Direct regression on the teacher's mean velocity over the sampler's step, from any time.
 
@@ -403,5 +414,5 @@ def direct_loss(
     windows = sc.matched_windows(config, len(x_0), generator=generator)
     t_end = config.after(windows.t, 1)
     x_t = sc.interpolate(x_0, noise, windows.t)
-    target = mean_velocity(teacher, x_t, windows.t, t_end, calls, **cond)
+    target = mean_velocity(teacher, x_t, windows.t, t_end, calls, euler, **cond)
     return (student(x_t, windows.t, **cond) - target).square().mean()

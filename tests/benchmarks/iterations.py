@@ -45,8 +45,8 @@ PUBLISHED_SEEDS = 2
 TEACHER_STEPS = (3, 8, 12, 16, 24, 32)
 REFERENCE = {"moons": (40, 20), "gaussians": (30, 10)}  # x 1e-4: levels to tell settings apart
 # Calls of 256 rows in toy_2d.calibrate: the teacher's path and lam* (16 fine steps and two
-# velocities, three times), the teacher's fine endpoints, 21 scales in 3 steps.
-SEARCH = (3 * 18 + toy_2d.FINE_STEPS + 21 * 3) * 256
+# velocities, three times), the teacher's fine endpoints, 23 scales in 3 steps.
+SEARCH = (3 * 18 + toy_2d.FINE_STEPS + 23 * 3) * 256
 
 # ------------------------------------------------------------------------------------- measurements
 
