@@ -41,7 +41,7 @@ import time
 import warnings
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
@@ -50,7 +50,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 # ----------------------------------------------------------------------------------------- settings
 
@@ -82,7 +82,7 @@ def flag(default, text: str, **options):
 
 COUNT = at_least(1)
 SHIFT = at_least(1e-3, high=1e3)  # further out float32 has no times between 0 and 1
-LONGEST_TEXT = 512  # tokens of T5 that Flux accepts
+LONGEST_TEXT = 512  # tokens that Flux accepts
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Settings:
 
     # fmt: off
     model: str = flag("black-forest-labs/FLUX.1-dev", group="input and output",
-        text="a FluxPipeline: its name on the Hub, or a folder")
+        text="a pipeline of diffusers: its name on the Hub, or a folder")
     images: Path | None = flag(None, type=Path, metavar="DIR", text="train on these images, each"
         " with its caption in NAME.txt; without this flag the teacher makes the training data")
     prompts: Path | None = flag(None, type=Path, metavar="FILE",
@@ -103,7 +103,7 @@ class Settings:
     limit: int = flag(0, type=at_least(0), metavar="K", text="train on the first K pairs; 0: all")
     resolution: int = flag(512, type=at_least(16, 16), text="pixels, a multiple of 16")
     text_tokens: int = flag(256, type=at_least(1, high=LONGEST_TEXT), metavar="K",
-        text=f"length to which T5 pads or cuts a text, at most {LONGEST_TEXT}")
+        text=f"tokens to which a text is padded or cut, at most {LONGEST_TEXT}")
     out: Path = flag(Path("flux_out"), type=Path, text="folder for all output")
     sample: tuple[str, ...] = flag((), nargs="+", metavar="PROMPT", text="only render these, with"
         " the LoRA in --out; --student-steps, --resolution, --guidance, --shift, --text-tokens and"
@@ -118,7 +118,7 @@ class Settings:
         metavar=("LOW", "HIGH"))
     shift: float = flag(3.0, type=SHIFT, text="time shift of sampling")
     guidance: float = flag(3.5, type=at_least(0.0),
-        text="guidance for sampling; training draws it from [0, 8]")
+        text="guidance for sampling; training draws its own from a range")
     teacher_steps: int = flag(32, type=at_least(2), metavar="K",
         text="sampling steps of the teacher that count as its full quality")
     steps: tuple[int, ...] = flag((2, 3, 4, 6, 8), type=COUNT, nargs="+", metavar="N",
@@ -293,7 +293,12 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.training_utils import (
@@ -374,7 +379,8 @@ def distil(settings: Settings, machine: "Machine") -> None:
                 with costs.phase("compare"):
                     results = compare(settings, cache, run)
                 results |= {"phases": costs.phases, "machine": machine.describe()}
-                write_text(run.out / "README.md", card(results, run.out, machine))
+                family = cache.model.family
+                write_text(run.out / "README.md", card(results, run.out, family, machine))
                 write_text(run.out / "results.json", json.dumps(results, indent=1) + "\n")
     if machine.lead:
         print("RMSE of latents / PSNR of images, compared with the teacher's"
@@ -596,6 +602,9 @@ class Flux:
     from T5, "pooled" (B, d) from CLIP, and "guidance" (B,).
     """
 
+    name = "FLUX.1-dev"
+    size = "34 GB"  # of its files
+    gpu = "40 GB or more"  # to train with the defaults
     pipeline = FluxPipeline
     transformer = FluxTransformer2DModel
     text_encoders: ClassVar = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
@@ -615,6 +624,12 @@ class Flux:
         """(C, H, W) of a square image, from the configs of transformer and VAE."""
         size = resolution // 2 ** (len(vae["block_out_channels"]) - 1)
         return transformer["in_channels"] // 4, size, size
+
+    @staticmethod
+    def activations(net: FluxTransformer2DModel, latent_shape: tuple, text_tokens: int) -> int:
+        """Numbers in the input of a block, for one row."""
+        _, height, width = latent_shape
+        return (height * width // 4 + text_tokens) * net.inner_dim
 
     @staticmethod
     def prepare(net: FluxTransformer2DModel) -> None:
@@ -638,6 +653,11 @@ class Flux:
     def encode_text(pipe: FluxPipeline, text: str, length: int) -> dict[str, Tensor]:
         embeddings, pooled, _ = pipe.encode_prompt(text, text, max_sequence_length=length)
         return {"text": embeddings[0], "pooled": pooled[0]}
+
+    @staticmethod
+    def conditions(encoded: dict[str, Tensor], guidance: Tensor) -> dict[str, Tensor]:
+        """All that `velocity` takes besides x and t; texts as encoded, (B, ...), guidance (B,)."""
+        return encoded | {"guidance": guidance}
 
     @staticmethod
     def count_tokens(pipe: FluxPipeline, texts: list[str]) -> list[int]:
@@ -713,6 +733,37 @@ class Flux:
         ).images
         return unpack(latents.float(), height, width)
 
+    # What the model card says of this family. `tools`: which of them take a LoRA on these layers.
+    tags = ("flux",)
+    tools: ClassVar = {
+        "blocks": """The LoRA is on the linear layers inside the transformer's blocks. The code by
+which ComfyUI, InvokeAI, mflux, DiffSynth and sd-scripts map the keys of a LoRA was run on such a
+file and found a place for all of them. A LoRA on all layers (`--layers all`) loads whole in
+diffusers and ComfyUI alone. On a tiny Flux, where ten of 50 layers lie outside the blocks, it came
+nearer to the teacher (by a factor of 1.19, five seeds); in FLUX.1-dev they are ten of 504.""",
+        "all": """The LoRA is on all linear layers, which not every tool takes. InvokeAI refuses the
+file because of `norm_out.linear`. mflux, DiffSynth and sd-scripts drop the ten layers outside the
+blocks (`x_embedder`, `context_embedder`, six of `time_text_embed`, `norm_out`, `proj_out`), which
+cost 40 % of the gain when it was tried on a tiny Flux. `--layers blocks` makes a file without
+them.""",
+    }
+    comfyui = """| node | values |
+| --- | --- |
+| Load LoRA (`LoraLoaderModelOnly`: model only, not the Bypass variant) | strength {scale} |
+| ModelSamplingAuraFlow | shift {shift:g} |
+| FluxGuidance | guidance {guidance:g} |
+| KSampler | steps {student_steps}, cfg 1, sampler euler, scheduler simple, denoise 1 |"""
+    comfyui_shift = math.exp(1.15)  # of ComfyUI, where no node sets another
+    unsuited = """ModelSamplingSD3, ModelSamplingFlux with its defaults below 1024 px, the
+schedulers normal and beta, ancestral and lcm samplers"""
+
+    @staticmethod
+    def licence(base_model: str) -> str:
+        """Name of the licence, as the Hub's YAML has it."""
+        if "flux.1-dev" in base_model.lower():
+            return "flux-1-dev-non-commercial-license"
+        return "that-of-the-base-model"
+
 
 def pack(x: Tensor) -> Tensor:
     """Latents (B, C, H, W) as tokens (B, H W / 4, 4 C) of 2 x 2 latents."""
@@ -772,8 +823,9 @@ class Model:
             words = next(words for kinds, words in REFUSALS if issubclass(kind_of_error, kinds))
             die(f"--model {name} {words.format(name)}")
         if self.family is None:
-            die(f"--model {name} is a {kind}: this distils a FluxPipeline, FLUX.1-dev or a"
-                " fine-tune of it")  # fmt: skip
+            known = " or ".join(f"a {kind} ({family.name}, its fine-tunes)"
+                                for kind, family in FAMILIES.items())  # fmt: skip
+            die(f"--model {name} is a {kind}: this distils {known}")
         refusal = self.family.refusal(self.config)
         if refusal:
             die(f"--model {name} {refusal}")
@@ -783,14 +835,14 @@ class Model:
         return self.family.latent_shape(self.config, self.vae_config, resolution)
 
     def download(self) -> None:
-        with explain(f"--model {self.name} can't be downloaded; with network and disk for 34 GB the"
-                     " same command resumes", Exception):  # fmt: skip
+        with explain(f"--model {self.name} can't be downloaded; with network and disk for"
+                     f" {self.family.size} the same command resumes", Exception):  # fmt: skip
             if self.folder is None:
                 self.folder = Path(self.family.pipeline.download(self.name))
         files = sorted(self.folder.glob("*/*.json")) + sorted(self.folder.glob("*/*.safetensors"))
         self.fingerprint = digest([[*path.parts[-2:], fingerprint(path)] for path in files])
 
-    def load(self, side: str, fresh: bool = False) -> FluxPipeline:
+    def load(self, side: str, fresh: bool = False) -> DiffusionPipeline:
         """The stock pipeline with its "text" or "image" side; fresh: as it is on disk."""
         if side != self.loaded or fresh:
             self.unload()
@@ -807,7 +859,7 @@ class Model:
         self.loaded, self.pipe = None, None
         free_memory()
 
-    def read(self, side: str) -> FluxPipeline:
+    def read(self, side: str) -> DiffusionPipeline:
         family = self.family
         dtype = self.machine.dtype
         if side == "image":
@@ -864,9 +916,11 @@ def check_memory(settings: Settings, model: Model) -> None:
         net = model.family.transformer.from_config(model.config)
     parameters = sum(p.numel() for p in net.parameters())
     if parameters > 1e9 and machine.device == "cpu":
-        die(f"--model {model.name} has {parameters / 1e9:.0f} billion parameters and PyTorch sees"
-            " no GPU: use one of 40 GB or more (if nvidia-smi shows one, its driver is older than"
-            " 580: pip install 'torch<2.11'), or try --model tests/tiny_flux here")  # fmt: skip
+        die(
+            f"--model {model.name} has {parameters / 1e9:.0f} billion parameters and PyTorch sees"
+            f" no GPU: use one of {model.family.gpu} (if nvidia-smi shows one, its driver is"
+            " older than 580: pip install 'torch<2.11'), or try --model tests/tiny_flux here"
+        )
     bytes_each = machine.dtype.itemsize
     blocks = len(model.family.blocks(net))
     every = settings.recompute_every
@@ -875,12 +929,12 @@ def check_memory(settings: Settings, model: Model) -> None:
     base = parameters * (1 if settings.quantize else bytes_each)
     if settings.quantize:  # torchao computes with copies, which autograd keeps in other blocks
         base += parameters * bytes_each * (blocks - recomputed) / blocks
-    # Activations kept for a token, as multiples of the network's width: 1 for the input of a
-    # recomputed block, about 28 for any other block, and 45 while a block is recomputed.
+    # Activations kept, as multiples of a block's input: 1 for each block that is recomputed, about
+    # 28 for any other, and 45 while one is recomputed.
     kept = recomputed + 28 * (blocks - recomputed) + 45 * (recomputed > 0)
-    _, latent_height, latent_width = model.latent_shape(settings.resolution)
-    tokens = settings.batch * (latent_height * latent_width // 4 + settings.text_tokens)
-    activations = bytes_each * tokens * kept * net.inner_dim
+    latent_shape = model.latent_shape(settings.resolution)
+    of_row = model.family.activations(net, latent_shape, settings.text_tokens)
+    activations = bytes_each * settings.batch * of_row * kept
     layers = model.family.lora_layers(net, settings.layers)
     lora = settings.rank * sum(sum(net.get_submodule(name).weight.shape) for name in layers)
     vectors = 6 if settings.paper else 5  # student, gradient, two moments, EMAs, in float32
@@ -919,13 +973,23 @@ a robot watering plants on a balcony, pencil drawing
 a plate of strawberries, still life"""
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A caption and an image; None: the teacher generates it."""
+class Example(NamedTuple):
+    """What a source of data yields: a caption, and an image or none.
+
+    A new source is a function that returns a list of these, called in read_data.
+    """
+
+    caption: str
+    identity: list  # what the latent depends on, besides the model and the resolution
+    image: Callable[[], Tensor] | None  # opens it: (1, 3, h, w) in [-1, 1]; None: the teacher's
+
+
+class Pair(NamedTuple):
+    """An example that is trained on."""
 
     text: int  # the caption's place in Data.texts
-    image: Path | None
-    number: int  # among all prompts or images: it is the key of the noise
+    image: Callable[[], Tensor] | None
+    number: int  # among all examples of the source: it is the key of the noise
 
 
 @dataclass(frozen=True)
@@ -947,49 +1011,50 @@ def read_data(settings: Settings, model: Model) -> Data:
     machine = model.machine
     prompts, held_out = read_prompts(settings.prompts, settings.held_out, not settings.images)
 
-    def latent_key(item: list) -> str:
-        return digest([VERSION, model.fingerprint, machine.device, settings.resolution, *item])
+    def latent_key(identity: list) -> str:
+        return digest([VERSION, model.fingerprint, machine.device, settings.resolution, *identity])
 
-    def is_cached(item: list) -> bool:
-        return cache_file(settings.out, "latent", latent_key(item)).exists()
+    def is_cached(identity: list) -> bool:
+        return cache_file(settings.out, "latent", latent_key(identity)).exists()
 
-    # (image, caption, what its latents depend on)
     if settings.images:
-        found = read_images(settings.images, machine, is_cached)
+        examples = read_images(settings.images, settings.resolution, machine, is_cached)
     else:
         drawn = [settings.seed, settings.shift_range, settings.quantize, settings.teacher_steps,
                  model.family.pool_guidance]  # fmt: skip
-        found = [(None, text, [text, i, *drawn]) for i, text in enumerate(prompts)]
+        examples = [Example(text, [text, i, *drawn], None) for i, text in enumerate(prompts)]
     held_out_texts = {text.casefold() for text in held_out}
-    kept = []
-    for number, (image, text, item) in enumerate(found):
-        if text.casefold() not in held_out_texts:
-            kept.append((number, image, text, item))
-    if settings.images and machine.lead and len(kept) < len(found):
-        left_out = found[len(kept) :]  # as many
+    numbered = []
+    for number, example in enumerate(examples):
+        if example.caption.casefold() not in held_out_texts:
+            numbered.append((number, example))
+    left_out = len(examples) - len(numbered)
+    if settings.images and machine.lead and left_out:
         print(f"left out {counted(left_out, 'image')}: the caption is a held-out prompt")
-    found = kept
-    if machine.lead and settings.limit > len(found) > 0:
-        print(f"--limit {settings.limit} is more than the {len(found)} pairs there are: all are"
+    if machine.lead and settings.limit > len(numbered) > 0:
+        print(f"--limit {settings.limit} is more than the {len(numbered)} pairs there are: all are"
               " used")  # fmt: skip
-    found = found[: settings.limit or None]
-    if not found:  # with prompts alone read_prompts has seen to it
+    numbered = numbered[: settings.limit or None]
+    if not numbered:  # with prompts alone read_prompts has seen to it
         die(f"every caption in --images {settings.images} is also one of the {len(held_out)}"
             " held-out prompts: give --prompts a file that ends with other lines")  # fmt: skip
-    texts = list(dict.fromkeys([*held_out, *(text for _, _, text, _ in found)]))
+    kept = [example for _, example in numbered]
+    texts = list(dict.fromkeys([*held_out, *(example.caption for example in kept)]))
     places = {text: i for i, text in enumerate(texts)}
     third = max(1, len(held_out) // 3)
+
+    def text_key(text: str) -> str:
+        return digest([model.fingerprint, machine.device, settings.text_tokens, text])
+
     return Data(
         texts=texts,
-        pairs=[Pair(places[text], image, number) for number, image, text, _ in found],
+        pairs=[Pair(places[one.caption], one.image, number) for number, one in numbered],
         held_out=held_out,
         validation=list(range(third)),
         comparison=list(range(third, len(held_out))),
-        text_keys=[
-            digest([model.fingerprint, machine.device, settings.text_tokens, t]) for t in texts
-        ],
-        latent_keys=[latent_key(item) for *_, item in found],
-        fingerprint=digest([item for *_, item in found]),
+        text_keys=[text_key(text) for text in texts],
+        latent_keys=[latent_key(example.identity) for example in kept],
+        fingerprint=digest([example.identity for example in kept]),
     )
 
 
@@ -1030,11 +1095,11 @@ def tidy(text: str) -> str:
 
 
 def read_images(
-    folder: Path, machine: Machine, is_cached: Callable[[list], bool]
-) -> list[tuple[Path, str, list]]:
-    """Images, captions and what their latents depend on; what can't be used is named and counted.
+    folder: Path, resolution: int, machine: Machine, is_cached: Callable[[list], bool]
+) -> list[Example]:
+    """The images of a folder with their captions; what can't be used is named and counted.
 
-    Only images that are not cached are opened, each by one process.
+    To check them, those whose latents are not cached are opened, each by one process.
     """
     if not folder.is_dir():
         die(f"--images {folder} is no folder: give one with images, and captions in NAME.txt")
@@ -1043,7 +1108,8 @@ def read_images(
     bar = machine.progress(mine, "check images", unit="image")
     checked = machine.collect([look_at(path, caption, is_cached) for path, caption in bar])
     looked_at = {image.path: image for image in checked}
-    found, flat = [], []
+    found = []
+    flat = []
     for path, caption in pairs:
         image = looked_at[path]
         if image.fault:
@@ -1051,7 +1117,8 @@ def read_images(
             continue
         if image.flat:
             flat.append(path.name)
-        found.append((path, caption, [caption, *image.fingerprint]))
+        identity = [caption, *image.fingerprint]
+        found.append(Example(caption, identity, partial(open_image, path, resolution)))
     if flat:
         notes.append(f"kept {counted(flat, 'image')} of one value all over ({some(flat)}): remove"
                      " what should not be trained on")  # fmt: skip
@@ -1130,8 +1197,9 @@ def read_caption(path: Path) -> str:
     return caption
 
 
-def counted(things: list, noun: str) -> str:
-    return f"{len(things)} {noun}" if len(things) == 1 else f"{len(things)} {noun}s"
+def counted(things: Sized | int, noun: str) -> str:
+    number = things if isinstance(things, int) else len(things)
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def some(names: list[str], separator: str = ", ", most: int = 20) -> str:
@@ -1258,8 +1326,8 @@ class Cache:
 
     def conditions(self, texts, guidance: float | Tensor) -> dict[str, Tensor]:
         """All that the family's velocity takes besides x and t, for texts at these places."""
-        cond = self.read("text", texts)
-        cond["guidance"] = torch.as_tensor(guidance).expand(len(texts))
+        guidance = torch.as_tensor(guidance).expand(len(texts))
+        cond = self.model.family.conditions(self.read("text", texts), guidance)
         return {name: value.to(self.machine.device) for name, value in cond.items()}
 
     def noise(self, keys: list[tuple]) -> Tensor:
@@ -1288,7 +1356,7 @@ def fill_cache(settings: Settings, cache: Cache) -> None:
 
     def encode_images(places: range) -> list[dict[str, Tensor]]:
         pipe = model.load("image")
-        images = [open_image(data.pairs[i].image, settings.resolution) for i in places]
+        images = [data.pairs[i].image() for i in places]
         return [{"latent": family.encode_image(pipe, image)[0]} for image in images]
 
     def sample_teacher(places: range) -> list[dict[str, Tensor]]:
@@ -2162,7 +2230,7 @@ def read_adapter(out: Path) -> dict:
     return adapter
 
 
-def load_student(model: Model, out: Path, scale: float) -> FluxPipeline:
+def load_student(model: Model, out: Path, scale: float) -> DiffusionPipeline:
     """A stock pipeline with the saved LoRA at a scale."""
     pipe = model.load("image", fresh=True)
     pipe.load_lora_weights(out, weight_name=LORA, adapter_name="student")
@@ -2268,8 +2336,8 @@ def render(settings: Settings, machine: Machine) -> None:
     encoded = [model.family.encode_text(pipe, text, length) for text in texts]
     name_cut_texts(settings, model, texts)
     load_student(model, out, adapter["scales"][settings.student_steps])
-    cond = stacked(encoded)
-    cond["guidance"] = torch.full((len(texts),), settings.guidance)
+    guidance = torch.full((len(texts),), settings.guidance)
+    cond = model.family.conditions(stacked(encoded), guidance)
     noise = draw_noise(settings, model, [("sample", i) for i in range(len(texts))])
     latents = stock_sample(
         model, noise, settings.student_steps, cond, settings.shift, settings.batch
@@ -2593,9 +2661,9 @@ It was made on the base model in {precision}: use the same precision. {layers}
 
 ```python
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, {pipeline}
 {int8}
-pipe = FluxPipeline.from_pretrained({base_model!r}, dtype=torch.{dtype}{quantized}).to("{device}")
+pipe = {pipeline}.from_pretrained({base_model!r}, dtype=torch.{dtype}{quantized}).to("{device}")
 pipe.load_lora_weights({out!r}, weight_name="{lora}", adapter_name="scfm")
 pipe.set_adapters("scfm", {scale})
 pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
@@ -2613,17 +2681,11 @@ without `lora_scale`, which would apply the scale twice.
 
 Put `{lora}` into `models/loras`.
 
-| node | values |
-| --- | --- |
-| Load LoRA (`LoraLoaderModelOnly`: model only, not the Bypass variant) | strength {scale} |
-| ModelSamplingAuraFlow | shift {shift:g} |
-| FluxGuidance | guidance {guidance:g} |
-| KSampler | steps {student_steps}, cfg 1, sampler euler, scheduler simple, denoise 1 |
+{comfyui}
 
 The exact times, for the node ManualSigmas: `{times}`. {no_node}
 
-Not suited: ModelSamplingSD3, ModelSamplingFlux with its defaults below 1024 px, the schedulers
-normal and beta, ancestral and lcm samplers.
+Not suited: {unsuited}.
 
 ## Scale and times for each number of steps
 
@@ -2645,28 +2707,15 @@ file gives the latents of training, relative difference {self_check:.1g}.
 
 Settings: {list}.
 """
-LAYERS = {  # of the LoRA, and which tools take them
-    "blocks": """The LoRA is on the linear layers inside the transformer's blocks. The code by which
-ComfyUI, InvokeAI, mflux, DiffSynth and sd-scripts map the keys of a LoRA was run on such a file and
-found a place for all of them. A LoRA on all layers (`--layers all`) loads whole in diffusers and
-ComfyUI alone. On a tiny Flux, where ten of 50 layers lie outside the blocks, it came nearer to the
-teacher (by a factor of 1.19, five seeds); in FLUX.1-dev they are ten of 504.""",
-    "all": """The LoRA is on all linear layers, which not every tool takes. InvokeAI refuses the
-file because of `norm_out.linear`. mflux, DiffSynth and sd-scripts drop the ten layers outside the
-blocks (`x_embedder`, `context_embedder`, six of `time_text_embed`, `norm_out`, `proj_out`), which
-cost 40 % of the gain when it was tried on a tiny Flux. `--layers blocks` makes a file without
-them.""",
-}
 INT8 = """from diffusers import PipelineQuantizationConfig, TorchAoConfig
 from torchao.quantization import Int8WeightOnlyConfig
 
 int8 = PipelineQuantizationConfig(
     quant_mapping={"transformer": TorchAoConfig(Int8WeightOnlyConfig())})"""
 FADES = 0.003  # relative change of weights below which bfloat16 rounds much of it away
-COMFY_SHIFT = math.exp(1.15)  # of Flux in ComfyUI, where no node sets another
 
 
-def card(results: dict, out: Path, machine: Machine) -> str:
+def card(results: dict, out: Path, family: type, machine: Machine) -> str:
     """The model card."""
     adapter = results["adapter"]
     settings = adapter["settings"]
@@ -2677,8 +2726,11 @@ def card(results: dict, out: Path, machine: Machine) -> str:
     if int8:
         precision = f"int8 (the weights of its transformer, by torchao) and {dtype}"
     low, high = settings["shift_range"]
-    no_node = f"""Without a model sampling node ComfyUI samples Flux at a shift of
-{COMFY_SHIFT:.3f}, which lies in the range that this student was trained on, {low:g} to {high:g}."""
+    no_node = ""
+    if low <= family.comfyui_shift <= high:
+        no_node = f"""Without a model sampling node ComfyUI samples at a shift of
+{family.comfyui_shift:.3f}, which lies in the range that this student was trained on, {low:g} to
+{high:g}."""
     verdict = f"On the validation prompts, at scale 1: {adapter['note']}."
     missing = adapter["uncalibrated"]
     alarming = "ALARM" in verdict or missing
@@ -2687,13 +2739,16 @@ def card(results: dict, out: Path, machine: Machine) -> str:
         scale = "none found" if n in missing else scale
         rows.append(f"| {n} | {scale} | `{times(n, shift)}` |")
     return CARD.format(**results | adapter | {
-        "head": card_head(adapter["base_model"]), "title": code(adapter["base_model"]),
+        "head": card_head(adapter["base_model"], family), "title": code(adapter["base_model"]),
+        "pipeline": family.pipeline.__name__,
         "alarm": f"\n> Warning. {verdict}\n" if alarming else "",
         "verdict": "" if alarming else verdict,
         "precision": precision,
         "int8": INT8 if int8 else "", "quantized": ", quantization_config=int8" if int8 else "",
-        "layers": LAYERS[settings["layers"]], "scale": adapter["scales"][N],
-        "times": times(N, shift), "no_node": no_node if low <= COMFY_SHIFT <= high else "",
+        "layers": family.tools[settings["layers"]], "scale": adapter["scales"][N],
+        "comfyui": family.comfyui.format(scale=adapter["scales"][N], **adapter),
+        "unsuited": family.unsuited,
+        "times": times(N, shift), "no_node": no_node,
         "strengths": "\n".join(rows), "table": markdown(results), "took": took(results),
         "lora": LORA, "fine": results["teacher_steps"],
         "list": ", ".join(f"{name}: {code(value)}" for name, value in settings.items()),
@@ -2726,15 +2781,14 @@ def took(results: dict) -> str:
     return "\n".join([*rows, "", *words])
 
 
-def card_head(base_model: str) -> str:
+def card_head(base_model: str, family: type) -> str:
     """The card's YAML; the Hub takes a name of its own as base model, and refuses a folder's."""
-    dev = "flux.1-dev" in base_model.lower()
     relation = {"base_model": base_model, "base_model_relation": "adapter"}
     data = ModelCardData(
         **(relation if "/" in base_model else {}),
         library_name="diffusers", pipeline_tag="text-to-image", license="other",
-        license_name="flux-1-dev-non-commercial-license" if dev else "that-of-the-base-model",
-        tags=["flux", "lora", "few-step", "distillation"],
+        license_name=family.licence(base_model),
+        tags=[*family.tags, "lora", "few-step", "distillation"],
     )  # fmt: skip
     return f"---\n{data.to_yaml()}\n---"
 

@@ -35,7 +35,9 @@ def card(folder: Path, device="cpu", settings=None, out="out", teacher_steps=8, 
     adapter["scales"] = {int(n): scale for n, scale in adapter["scales"].items()}
     adapter["settings"] |= settings or {}
     results |= {"adapter": adapter | change, "teacher_steps": teacher_steps}
-    return fd.card(results, Path(out), SimpleNamespace(device=device, dtype=DTYPES[device]))
+    return fd.card(
+        results, Path(out), fd.Flux, SimpleNamespace(device=device, dtype=DTYPES[device])
+    )
 
 
 def snippet_of(text: str) -> str:

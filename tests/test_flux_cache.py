@@ -229,8 +229,10 @@ def test_bad_images_and_captions_are_named_counted_and_skipped(tmp_path, capsys)
         (tmp_path / f"{name}.txt").write_text("a red circle\n")
     machine = fd.Machine()
     good = tmp_path / "a.png"
-    item = ["a red circle", *fd.fingerprint(good)]
-    assert fd.read_images(tmp_path, machine, lambda item: False) == [(good, "a red circle", item)]
+    (found,) = fd.read_images(tmp_path, 32, machine, lambda identity: False)
+    assert found.caption == "a red circle"
+    assert found.identity == ["a red circle", *fd.fingerprint(good)]
+    assert torch.equal(found.image(), fd.open_image(good, 32))
     said = capsys.readouterr().out
     assert "skipped 5, kept 1 images" in said
     for words in ("b.png: b.txt is empty", "c.png: it has no caption c.txt",
@@ -238,7 +240,7 @@ def test_bad_images_and_captions_are_named_counted_and_skipped(tmp_path, capsys)
         assert f"\n  {words}" in said
     (tmp_path / "a.txt").unlink()
     with pytest.raises(SystemExit, match="no image with a caption"):
-        fd.read_images(tmp_path, machine, lambda item: False)
+        fd.read_images(tmp_path, 32, machine, lambda identity: False)
 
 
 def test_training_on_images_of_several_shapes(tmp_path):

@@ -258,7 +258,7 @@ def test_flux_dev_passes_on_its_licence(done):
     }
     machine = fd.Machine()
     machine.device, machine.dtype = "cuda", torch.bfloat16
-    card = fd.card(results, Path("x"), machine)
+    card = fd.card(results, Path("x"), fd.Flux, machine)
     head = yaml.safe_load(card.split("---")[1])
     assert head["license_name"] == "flux-1-dev-non-commercial-license"
     assert head["base_model"] == "black-forest-labs/FLUX.1-dev"

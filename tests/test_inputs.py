@@ -125,8 +125,14 @@ def nothing_is_cached(item: list) -> bool:
 
 def read_folder(folder: Path) -> list[str]:
     """Names of the images that would be trained on."""
-    found = fd.read_images(folder, fd.Machine(), nothing_is_cached)
-    return [path.name for path, _, _ in found]
+    found = fd.read_images(folder, 64, fd.Machine(), nothing_is_cached)
+    return [file_of(example).name for example in found]
+
+
+def file_of(example: fd.Example | fd.Pair) -> Path:
+    """The file that the example's image is opened from."""
+    path, _ = example.image.args
+    return path
 
 
 def with_caption(folder: Path, name: str, caption: str = "a red circle") -> None:
@@ -276,7 +282,7 @@ def noted(path, resolution):
     return open_image(path, resolution)
 fd.open_image = noted
 run, cache = fd.prepare(fd.parse(sys.argv[1:]), fd.Machine())
-kept = [pair.image.name for pair in cache.data.pairs]
+kept = [pair.image.args[0].name for pair in cache.data.pairs]
 Path({folder!r}, "rank" + os.environ["RANK"]).write_text(" ".join([*opened, "of", *kept]))
 """
 
@@ -391,7 +397,7 @@ def test_images_whose_captions_are_held_out_are_counted(tmp_path, capsys, last, 
     flags = ["--images", folder, "--prompts", file, "--held-out", 2, "--limit", 0]
     data = fd.prepare(parsed(tmp_path / "out", *flags), fd.Machine())[1].data
     kept = [f"{i}.png" for i in range(3) if f"a red circle {i}" not in last.lower()]
-    assert [pair.image.name for pair in data.pairs] == kept
+    assert [file_of(pair).name for pair in data.pairs] == kept
     assert capsys.readouterr().out == said
 
 
