@@ -2342,10 +2342,17 @@ def render(settings: Settings, machine: Machine) -> None:
     latents = stock_sample(
         model, noise, settings.student_steps, cond, settings.shift, settings.batch
     )
-    made_how = f"-{settings.student_steps}-steps-{settings.resolution}-px-seed-{settings.seed}"
+    how = [
+        f"{settings.student_steps}-steps",
+        f"{settings.resolution}-px",
+        f"guidance-{settings.guidance:g}",
+        f"shift-{settings.shift:g}",
+        f"{settings.text_tokens}-tokens",
+        f"seed-{settings.seed}",
+    ]
     for i, image in enumerate(model.family.decode(model.pipe, latents)):
         name = "".join(c if c.isalnum() else "-" for c in texts[i])[:60]
-        path = out / "samples" / f"{i:02d}-{name}{made_how}.png"
+        path = out / "samples" / ("-".join([f"{i:02d}", name, *how]) + ".png")
         with atomic(path) as part:
             Image.fromarray((255 * image).round().byte().numpy()).save(part, "png")
         print(path)
