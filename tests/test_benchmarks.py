@@ -54,6 +54,7 @@ SLOW_RUNS = [  # more than 10 s
     ("quality", f"--length 0.01 --figure figure.png {ONE}", "UniPC"),
     ("speed", f"--parts small --length 0.5 {ONE}", "the latents of one image"),
     ("fewshot", f"--first 1 --length 0.01 {ONE}", "ratio, strangers"),
+    ("readme", f"--length 0.02 {ONE}", "matched, scaled"),
 ]
 
 

@@ -2,12 +2,17 @@
 
 import dataclasses
 import re
+import sys
 from pathlib import Path
 
 import torch
 
 import flux_distill
 import toy_2d
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+import common
+import readme
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "tests/README.md", "tests/benchmarks/README.md")
@@ -50,6 +55,61 @@ def test_the_page_of_the_tests_names_tests_that_exist():
 def test_the_readme_is_read_in_ten_minutes():
     assert len(page("README.md").split()) <= 2500
     assert page("README.md").count("<details>") <= 3
+
+
+def words(text: str) -> str:
+    """The text with one space between words."""
+    return " ".join(text.split())
+
+
+# Numbers with a decimal point that no script here measured.
+OTHERS = {
+    "2510.17858": "the paper, and its numbers:",
+    "6.34": "FID",
+    "33.10": "CLIP score",
+    "7.06": "FID of FLUX.1-schnell",
+    "33.06": "CLIP score of FLUX.1-schnell",
+    "0.9": "of the public replication",
+    "0.4": "settings, and what follows from them:",
+    "0.25": "look-ahead of the paper's windows, of which",
+    "1.5": "is (1 - 0.4) / 0.4, and",
+    "0.146": "is the mean stride",
+    "3.5": "guidance",
+    "1.6": "scale of the authors' demonstration",
+    "3.11": "versions:",
+    "3.13": "",
+    "2.11": "",
+    "2.13": "",
+    "1.3": "million parameters of the tiny Flux",
+    "2.2": "hours of training, from the sixth more time that is said below",
+}
+
+
+def test_the_readme_quotes_what_was_measured():
+    """After a new measurement: python tests/benchmarks/readme.py says what to write."""
+    text = words(page("README.md"))
+    for passage in map(words, readme.quotations()):
+        assert passage in text
+        text = text.replace(passage, "")
+    text = re.sub(r"```python.*?```|\]\([^)]*\)", "", text)
+    numbers = re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", text)
+    assert set(numbers) == OTHERS.keys()
+
+
+def test_the_readme_has_the_commands_that_were_measured():
+    for command in (readme.TOY, readme.TINY_FLUX):
+        assert f"python {' '.join(command)}" in page("README.md")
+
+
+def test_a_changed_number_is_no_longer_quoted(monkeypatch, tmp_path):
+    for path in common.RESULTS.glob("*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    before = readme.quotations()
+    rows = common.load(tmp_path / "toy.json")
+    rows[0].found["student"][3] += 10e-4
+    common.save(rows, tmp_path / "toy.json")
+    assert sum(a != b for a, b in zip(before, readme.quotations(), strict=True)) == 1
 
 
 def test_flags_in_the_readme_exist():

@@ -12,12 +12,14 @@ import common
 import flux
 import gpu
 import lookahead
+import readme
 import toy
 
 PAGE = Path(__file__).with_name("README.md")
 BEGIN = "<!-- rendered by report.py: begin -->"
 END = "<!-- rendered by report.py: end -->"
 SECTIONS = {  # file of results: title, the script that made it
+    "readme": ("What the README's commands print", readme),
     "toy": ("2-D flows", toy),
     "lookahead": ("Look-ahead of a table in place of a network", lookahead),
     "gpu": ("A GPU", gpu),

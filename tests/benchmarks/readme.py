@@ -1,0 +1,156 @@
+"""What the README's two commands print: python tests/benchmarks/readme.py (3 minutes on 2 cores)
+
+Both scripts run as a reader runs them, with as many threads as they like, toy_2d.py five times for
+its median time. One task at a time has the whole machine: leave --jobs at 1.
+
+`quotations` are the README's passages with numbers in them, made from the results of all scripts.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import common
+import numpy as np
+
+import toy_2d
+
+TOY = ["toy_2d.py"]
+TINY_FLUX = [
+    "flux_distill.py",
+    *("--model", "tests/tiny_flux"),
+    *("--prompts", "tests/tiny_flux/prompts.txt"),
+    *("--resolution", "32"),
+    *("--shift", "1"),
+    *("--shift-range", "1", "1"),
+    *("--iterations", "200"),
+    *("--batch", "64"),
+    *("--learning-rate", "1e-3"),
+    *("--recompute-every", "0"),
+    *("--noises", "8"),
+    *("--validate-every", "20"),
+]
+
+# ------------------------------------------------------------------------------------ measurements
+
+
+def printed_by(command: list[str], *more: str) -> tuple[list[str], float]:
+    """Lines that one of the scripts prints, and the seconds that it takes as a process."""
+    environment = {name: text for name, text in os.environ.items() if name != "OMP_NUM_THREADS"}
+    with tempfile.TemporaryDirectory() as out:
+        call = [sys.executable, *command, *more, "--out", out]
+        began = time.perf_counter()
+        done = subprocess.run(
+            call, cwd=common.ROOT, env=environment, capture_output=True, text=True, check=True
+        )
+        seconds = time.perf_counter() - began
+        lines = done.stdout.replace(out, "OUT").splitlines()
+    return lines, seconds
+
+
+def measure_toy(length: float) -> dict:
+    """Length: the fraction of the five runs that are made."""
+    runs = []
+    for _ in range(round(5 * length) or 1):
+        lines, seconds = printed_by(TOY)
+        runs.append(seconds)
+    return {"lines": lines, "seconds": runs}
+
+
+def measure_tiny_flux(length: float) -> dict:
+    iterations = common.shortened(200, length)
+    lines, seconds = printed_by(TINY_FLUX, "--iterations", str(iterations))
+    return {"lines": lines, "seconds": [seconds]}
+
+
+def tasks(flows, seeds) -> dict[str, list[common.Task]]:
+    return {
+        "toy": [common.Task(measure_toy, {})],
+        "tiny_flux": [common.Task(measure_tiny_flux, {})],
+    }
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+def tables(rows: list[common.Row]) -> list[str]:
+    lines = []
+    for row in rows:
+        command = {"toy": TOY, "tiny_flux": TINY_FLUX}[row.part]
+        seconds = row.found["seconds"]
+        took = f"{statistics.median(seconds):.1f} s"
+        if len(seconds) > 1:
+            took += f", the median of {len(seconds)} runs"
+        lines += [f"`python {' '.join(command)}`, {took}:", "", "```"]
+        lines += [*row.found["lines"], "```", ""]
+    return lines
+
+
+# ------------------------------------------------------------------------------- the README's text
+
+
+def results(name: str) -> list[common.Row]:
+    return common.load(common.RESULTS / f"{name}.json")
+
+
+def found_by(part: str) -> dict:
+    return common.where(results("readme"), part)[0].found
+
+
+def printed(part: str, first: str, last: str) -> str:
+    """The lines from the one that starts with `first` to the one that starts with `last`."""
+    lines = found_by(part)["lines"]
+    starts = [line.startswith(first) for line in lines]
+    ends = [line.startswith(last) for line in lines]
+    return "\n".join(lines[starts.index(True) : ends.index(True) + 1])
+
+
+def on_all_flows(*keys, flows=toy_2d.FLOWS) -> str:
+    """Mean energy distances x 1e-4 on these flows: "3.4, 2.8, 5.7 and 2.9"."""
+    by_flow = common.grouped(results("toy"), "flow")
+    means = [f"{1e4 * common.column(by_flow[flow], *keys).mean():.1f}" for flow in flows]
+    *others, last = means
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def cost_of(flags: str) -> str:
+    """A line of the table of costs."""
+    rows = common.where(results("gpu"), "steps", flags=flags)
+    found = rows[0].found
+    hours = 3000 * found["step"] / 3600
+    shown = flags.replace("--recompute-every 1", "").strip()
+    cells = [f"{found['step']:.2f} s", f"{100 * found['fraction']:.0f} %"]
+    cells += [f"{found['gib']:.1f} GiB", f"{hours:.1f} h"]
+    return f"| {f'`{shown}`' if shown else 'default'} | {' | '.join(cells)} |"
+
+
+def quotations() -> list[str]:
+    """Passages of the README."""
+    toy_seconds = statistics.median(found_by("toy")["seconds"])
+    few_steps = on_all_flows("student", 3)
+    three = ("moons", "checkerboard", "spirals")
+    teacher = on_all_flows("teacher", 16, flows=three).replace(" and", ",")
+    on_gaussians = on_all_flows("teacher", 12, flows=("gaussians",))
+    blocks, layers = (
+        common.column(common.where(results("layers"), run), "student", 3)
+        for run in ("all pairs", "all layers")
+    )
+    return [
+        f"in {toy_seconds:.0f} s on two cores",
+        printed("toy", "Euler steps", "  matched, scaled"),
+        printed("toy", "calibrated scale", "calibrated scale"),
+        printed("tiny_flux", "RMSE of latents", "| its scale"),
+        f"Over five seeds, the 3-step student reaches {few_steps} on moons, checkerboard, spirals"
+        f" and gaussians; the teacher {teacher} in 16 steps and, on gaussians, {on_gaussians} in"
+        f" 12; a student of ten points {on_all_flows('few-shot')}.",
+        *map(cost_of, ("--recompute-every 1", "--recompute-every 1 --compile",
+                       "--recompute-every 2 --compile")),
+        f"came {np.exp(np.log(blocks / layers).mean()):.2f} times nearer to the teacher",
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    common.main(__file__, __doc__, tasks, tables, jobs=1)
