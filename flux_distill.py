@@ -72,12 +72,19 @@ def at_least(low: float, multiple_of: int = 1, high: float = math.inf):
     return number
 
 
-def flag(default, text: str, **options):
+def flag(default, text: str, weights: bool = False, sampling: bool = False, **options):
     """A field with the help and the argparse options of its flag.
 
-    A group holds for this flag and those after it, up to the next group.
+    weights: it determines the trained weights, so a run with another value is another run.
+    sampling: --sample uses it. A group holds for this flag and those after it, up to the next.
     """
-    return field(default=default, metadata={"help": text, **options})
+    marks = {"weights": weights, "sampling": sampling}
+    return field(default=default, metadata=marks | {"options": {"help": text, **options}})
+
+
+def flags_for(mark: str) -> list[str]:
+    """Names of the settings with this mark, "weights" or "sampling"."""
+    return [setting.name for setting in fields(Settings) if setting.metadata.get(mark)]
 
 
 COUNT = at_least(1)
@@ -90,61 +97,78 @@ class Settings:
     """Every flag with its default and help. The command line's parser is made from it."""
 
     # fmt: off
-    model: str = flag("black-forest-labs/FLUX.1-dev", group="input and output",
-        text="a pipeline of diffusers: its name on the Hub, or a folder")
-    images: Path | None = flag(None, type=Path, metavar="DIR", text="train on these images, each"
-        " with its caption in NAME.txt; without this flag the teacher makes the training data")
+    model: str = flag("black-forest-labs/FLUX.1-dev", sampling=True, group="input and output",
+        text="diffusers pipeline: a Hub name or a folder")
+    images: Path | None = flag(None, type=Path, metavar="DIR",
+        text="train on these images, each with its caption in NAME.txt; without this flag the"
+        " teacher makes the training data")
     prompts: Path | None = flag(None, type=Path, metavar="FILE",
-        text="a text file with a prompt a line; without this flag 24 built-in prompts")
-    held_out: int = flag(12, type=at_least(2), metavar="K", text="hold out the last K"
-        " prompts: a third for validation, the others for the comparison")
+        text="text file, one prompt per line; without this flag 24 built-in prompts")
+    held_out: int = flag(12, type=at_least(2), metavar="K",
+        text="hold out the last K prompts: a third for validation, the others for the comparison")
     noises: int = flag(2, type=at_least(2), metavar="K",
         text="noise samples per held-out prompt")
-    limit: int = flag(0, type=at_least(0), metavar="K", text="train on the first K pairs; 0: all")
-    resolution: int = flag(512, type=at_least(16, 16), text="pixels, a multiple of 16")
-    text_tokens: int = flag(256, type=at_least(1, high=LONGEST_TEXT), metavar="K",
-        text=f"tokens to which a text is padded or cut, at most {LONGEST_TEXT}")
-    out: Path = flag(Path("flux_out"), type=Path, text="folder for all output")
-    sample: tuple[str, ...] = flag((), nargs="+", metavar="PROMPT", text="only render these, with"
-        " the LoRA in --out; --student-steps, --resolution, --guidance, --shift, --text-tokens and"
-        " --quantize then default to what it was made with")
+    limit: int = flag(0, type=at_least(0), metavar="K",
+        text="train on the first K pairs; 0: all")
+    resolution: int = flag(512, weights=True, sampling=True, type=at_least(16, 16),
+        text="pixels, a multiple of 16")
+    text_tokens: int = flag(256, weights=True, sampling=True, metavar="K",
+        type=at_least(1, high=LONGEST_TEXT),
+        text=f"pad or cut texts to K tokens, at most {LONGEST_TEXT}")
+    out: Path = flag(Path("flux_out"), sampling=True, type=Path,
+        text="folder for all output")
+    sample: tuple[str, ...] = flag((), sampling=True, nargs="+", metavar="PROMPT",
+        text="only render these prompts with the LoRA in --out; --student-steps, --resolution,"
+        " --guidance, --shift, --text-tokens and --quantize then default to what it was made with")
 
-    student_steps: int = flag(3, type=at_least(1, high=1000), metavar="N", group="method",
+    student_steps: int = flag(3, weights=True, sampling=True, metavar="N", group="method",
+        type=at_least(1, high=1000),
         text="number of steps to distil for")
-    paper: bool = flag(False, action="store_true",
+    paper: bool = flag(False, weights=True, action="store_true",
         text="windows and velocities as published (Algorithm 2), whatever N is")
-    shift_range: tuple[float, float] = flag((2.5, 4.5), type=SHIFT, nargs=2, text="range of the"
-        " time shift in training; its middle is what the windows are matched to",
-        metavar=("LOW", "HIGH"))
-    shift: float = flag(3.0, type=SHIFT, text="time shift of sampling")
-    guidance: float = flag(3.5, type=at_least(0.0),
+    shift_range: tuple[float, float] = flag((2.5, 4.5), weights=True, type=SHIFT, nargs=2,
+        metavar=("LOW", "HIGH"),
+        text="range of the time shift in training; windows are matched to its middle")
+    shift: float = flag(3.0, sampling=True, type=SHIFT,
+        text="time shift of sampling")
+    guidance: float = flag(3.5, sampling=True, type=at_least(0.0),
         text="guidance for sampling; training draws its own from a range")
     teacher_steps: int = flag(32, type=at_least(2), metavar="K",
-        text="sampling steps of the teacher that count as its full quality")
+        text="steps of the teacher's reference samples")
     steps: tuple[int, ...] = flag((2, 3, 4, 6, 8), type=COUNT, nargs="+", metavar="N",
         text="numbers of steps to validate, calibrate and compare, besides --student-steps")
 
-    iterations: int = flag(3000, type=COUNT, group="training", text="optimizer steps")
-    batch: int = flag(8, type=COUNT, text="pairs per forward pass, in each process")
+    iterations: int = flag(3000, weights=True, type=COUNT, group="training",
+        text="optimizer steps")
+    batch: int = flag(8, weights=True, sampling=True, type=COUNT,
+        text="pairs per forward pass and process")
     accumulate: int = flag(1, type=COUNT, metavar="K",
-        text="passes per optimizer step, in each process")
-    learning_rate: float = flag(2e-5, type=at_least(1e-9), text="learning rate of AdamW")
-    warmup: int = flag(0, type=at_least(0), metavar="K",
+        text="passes per optimizer step and process")
+    learning_rate: float = flag(2e-5, weights=True, type=at_least(1e-9),
+        text="learning rate of AdamW")
+    warmup: int = flag(0, weights=True, type=at_least(0), metavar="K",
         text="iterations of linear learning-rate warm-up")
-    rank: int = flag(64, type=COUNT, text="rank of the LoRA")
-    layers: str = flag("blocks", choices=("blocks", "all"), text="linear layers that get a LoRA:"
-        " those inside the blocks, which every tool can load, or all")
-    recompute_every: int = flag(1, type=at_least(0), metavar="K", text="recompute every K-th block"
-        " in the backward pass; 1: all, least memory; 0: none, fastest")
+    rank: int = flag(64, weights=True, type=COUNT,
+        text="rank of the LoRA")
+    layers: str = flag("blocks", weights=True, choices=("blocks", "all"),
+        text="linear layers that get a LoRA: those inside the blocks, which every tool can load,"
+        " or all")
+    recompute_every: int = flag(1, type=at_least(0), metavar="K",
+        text="recompute every K-th block in the backward pass; 1: all, least memory; 0: none,"
+        " fastest")
     compile: bool = flag(False, action="store_true",
         text="compile the blocks, which takes minutes at first")
-    quantize: str | None = flag(None, choices=("int8",),
+    quantize: str | None = flag(None, weights=True, sampling=True, choices=("int8",),
         text="keep the frozen weights in int8, at half the size; needs torchao")
-    seed: int = flag(0, type=at_least(0, high=2**63 - 1), text="seed of every random number")
-    validate_every: int = flag(100, type=COUNT, metavar="K", text="validate every K iterations")
-    checkpoint_every: int = flag(100, type=COUNT, metavar="K", text="save every K iterations")
-    stop_when_matched: bool = flag(False, action="store_true", text="stop training when lam*, the"
-        " best scale of the LoRA, falls to 1.05 or stalls, and the student beats the teacher")
+    seed: int = flag(0, weights=True, sampling=True, type=at_least(0, high=2**63 - 1),
+        text="seed of every random number")
+    validate_every: int = flag(100, type=COUNT, metavar="K",
+        text="validate every K iterations")
+    checkpoint_every: int = flag(100, type=COUNT, metavar="K",
+        text="save every K iterations")
+    stop_when_matched: bool = flag(False, weights=True, action="store_true",
+        text="stop training when lam*, the best scale of the LoRA, is at most 1.05 or stalls, and"
+        " the student beats the teacher")
     # fmt: on
 
     given: frozenset[str] = frozenset()  # names of the settings that the command line gave
@@ -155,16 +179,6 @@ class Settings:
         return sorted({*self.steps, self.student_steps})
 
 
-# Settings that --sample uses; settings that determine the trained weights.
-OF_SAMPLING = {"model", "out", "sample", "student_steps", "resolution", "guidance", "shift",
-               "seed", "batch", "quantize", "text_tokens"}  # fmt: skip
-OF_TRAINING = (
-    "resolution", "text_tokens", "student_steps", "paper", "shift_range", "iterations", "batch",
-    "learning_rate", "warmup", "rank", "layers", "quantize", "seed",
-    "stop_when_matched",
-)  # fmt: skip
-
-
 def make_parser() -> ArgumentParser:
     title = __doc__.splitlines()[0]
     phases = "A run caches, trains, calibrates and compares. The same command resumes it."
@@ -172,9 +186,9 @@ def make_parser() -> ArgumentParser:
         description=f"{title}\n\n{phases}", formatter_class=RawDescriptionHelpFormatter
     )
     for setting in fields(Settings):
-        options = dict(setting.metadata)
-        if not options:
+        if not setting.metadata:
             continue
+        options = dict(setting.metadata["options"])
         if "group" in options:
             group = parser.add_argument_group(options.pop("group"))
         default = setting.default
@@ -209,7 +223,7 @@ def parse(argv: list[str] | None) -> Settings:
 def wrong_combination(settings: Settings) -> str | None:
     """What is wrong with the combination of flags, or None. No flag is silently ignored."""
     if settings.sample:
-        useless = sorted(settings.given - OF_SAMPLING)
+        useless = sorted(settings.given.difference(flags_for("sampling")))
         if useless:
             flags = ", ".join("--" + name.replace("_", "-") for name in useless)
             return f"--sample only renders, and {flags} has no effect there: remove it"
@@ -327,7 +341,7 @@ CHECK = "cache/check.safetensors"
 OUTPUTS = (
     "README.md", "log.csv", "results.json", "costs.json", "training.png", "comparison.png",
 )  # fmt: skip
-VERSION = 3  # of training and of the files: a run of another version is not resumed
+VERSION = 4  # of training and of the files: a run of another version is not resumed
 LESS_MEMORY = """what helps, in this order: --recompute-every 1, --batch 4 --accumulate 2 (down to \
 --batch 1), --rank 16, --quantize int8, --resolution 256; all but the first need another --out"""
 LOWER_RATE = "distil with a lower --learning-rate in another --out"
@@ -351,6 +365,9 @@ def main(argv: list[str] | None = None) -> None:
     except torch.OutOfMemoryError:
         advice = "give --batch 1, or a lower --resolution" if settings.sample else LESS_MEMORY
         die(f"out of GPU memory; {advice}. Finished work is kept")
+    except BrokenPipeError:  # whoever read what is printed, such as `| head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except OSError as error:
         die(in_words(error, settings.out))
     except RuntimeError as error:
@@ -361,32 +378,53 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def distil(settings: Settings, machine: "Machine") -> None:
-    """All phases of a run."""
+    """A whole run, or what is left of it."""
     run, cache = prepare(settings, machine)
-    costs = Costs(run.out / "costs.json", machine)
     with alone(run.out, machine):
         results = finished(run)
         if not results:
-            with costs.phase("cache", resumes=True):
-                fill_cache(settings, cache)
-            if not run.is_calibrated():
-                with costs.phase("train", resumes=run.state.exists()):
-                    validation, state = train_student(settings, cache, run, costs)
-                if machine.lead:
-                    with costs.phase("calibrate"):
-                        calibrate(settings, run, validation, state)
-            if machine.lead:
-                with costs.phase("compare"):
-                    results = compare(settings, cache, run)
-                results |= {"phases": costs.phases, "machine": machine.describe()}
-                family = cache.model.family
-                write_text(run.out / "README.md", card(results, run.out, family, machine))
-                write_text(run.out / "results.json", json.dumps(results, indent=1) + "\n")
+            results = run_phases(settings, machine, run, cache)
     if machine.lead:
-        print("RMSE of latents / PSNR of images, compared with the teacher's"
-              f" {settings.teacher_steps} steps, held-out prompts:")  # fmt: skip
-        print(markdown(results), results["adapter"]["note"], sep="\n")
+        print(
+            "RMSE of latents / PSNR of images, compared with the teacher's"
+            f" {settings.teacher_steps} steps, held-out prompts:"
+        )
+        print(markdown(results))
+        print(results["adapter"]["note"])
         print(f"adapter, model card (README.md), images and tables in {run.out}/")
+
+
+def run_phases(settings: Settings, machine: "Machine", run: "Run", cache: "Cache") -> dict | None:
+    """All phases; returns the results in the lead process."""
+    costs = Costs(run.out / "costs.json", machine)
+    with costs.phase("cache", resumes=True):
+        fill_cache(settings, cache)
+    if not run.is_calibrated():
+        make_lora(settings, cache, run, costs)
+    if not machine.lead:
+        return None
+    with costs.phase("compare"):
+        results = compare(settings, cache, run)
+    results |= {"phases": costs.phases, "machine": machine.describe()}
+    card_text = card(results, run.out, cache.model.family, machine)
+    write_text(run.out / "README.md", card_text)
+    write_text(run.out / "results.json", json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def make_lora(settings: Settings, cache: "Cache", run: "Run", costs: "Costs") -> None:
+    """Phases 2 and 3: train the student and save it.
+
+    Nothing of it stays in memory: the comparison loads the transformer again.
+    """
+    machine = cache.machine
+    if not machine.lead and read_metadata(run.state).get("done"):
+        return
+    with costs.phase("train", resumes=run.state.exists()):
+        validation, state = train_student(settings, cache, run, costs)
+    if machine.lead:
+        with costs.phase("calibrate"):
+            calibrate(settings, run, validation, state)
 
 
 def prepare(settings: Settings, machine: "Machine") -> tuple["Run", "Cache"]:
@@ -435,8 +473,13 @@ class Run:
         return all(read_metadata(path).get("key") == self.key for path in (self.lora, self.check))
 
 
-OTHER = {"model": "another model", "data": "other training data",
-         "held_out": "other held-out prompts"}  # fmt: skip
+OTHER = {
+    "version": "another version of this program",
+    "model": "another model",
+    "data": "other training data",
+    "held_out": "other held-out prompts",
+    "passes": "another product of --accumulate and processes",
+}
 
 
 def identify(settings: Settings, model: "Model", data: "Data") -> Run:
@@ -445,7 +488,7 @@ def identify(settings: Settings, model: "Model", data: "Data") -> Run:
                 for name in ("shift", "guidance", "noises", "teacher_steps")}  # fmt: skip
     sampling["held_out"] = digest(data.held_out)
     identity = {"version": VERSION, "model": model.fingerprint, "data": data.fingerprint}
-    identity |= {name: getattr(settings, name) for name in OF_TRAINING}
+    identity |= {name: getattr(settings, name) for name in flags_for("weights")}
     identity["passes"] = settings.accumulate * model.machine.processes
     if settings.stop_when_matched:  # then these decide when training ends
         identity |= sampling | {"validate_every": settings.validate_every}
@@ -539,6 +582,8 @@ class Machine:
 
     def describe(self) -> dict[str, str]:
         name = torch.cuda.get_device_name() if self.device == "cuda" else "CPU"
+        if self.processes > 1:
+            name = f"{self.processes} x {name}"
         packages = ("torch", "diffusers", "transformers")
         return {"device": name} | {package: version(package) for package in packages}
 
@@ -937,7 +982,8 @@ def check_memory(settings: Settings, model: Model) -> None:
     activations = bytes_each * settings.batch * of_row * kept
     layers = model.family.lora_layers(net, settings.layers)
     lora = settings.rank * sum(sum(net.get_submodule(name).weight.shape) for name in layers)
-    vectors = 6 if settings.paper else 5  # student, gradient, two moments, EMAs, in float32
+    # In float32: student, gradient, two moments, EMAs.
+    vectors = 4 + len(method_of(settings).decays)
     need = base + activations + lora * (4 * vectors + 2 * bytes_each)
     have = machine.memory()
     if need > have:
@@ -1020,8 +1066,15 @@ def read_data(settings: Settings, model: Model) -> Data:
     if settings.images:
         examples = read_images(settings.images, settings.resolution, machine, is_cached)
     else:
-        drawn = [settings.seed, settings.shift_range, settings.quantize, settings.teacher_steps,
-                 model.family.pool_guidance]  # fmt: skip
+        drawn = [
+            settings.seed,
+            settings.shift_range,
+            settings.text_tokens,
+            settings.batch,
+            settings.quantize,
+            settings.teacher_steps,
+            model.family.pool_guidance,
+        ]
         examples = [Example(text, [text, i, *drawn], None) for i, text in enumerate(prompts)]
     held_out_texts = {text.casefold() for text in held_out}
     numbered = []
@@ -1044,7 +1097,7 @@ def read_data(settings: Settings, model: Model) -> Data:
     third = max(1, len(held_out) // 3)
 
     def text_key(text: str) -> str:
-        return digest([model.fingerprint, machine.device, settings.text_tokens, text])
+        return digest([VERSION, model.fingerprint, machine.device, settings.text_tokens, text])
 
     return Data(
         texts=texts,
@@ -1349,11 +1402,6 @@ def fill_cache(settings: Settings, cache: Cache) -> None:
     model, data, machine = cache.model, cache.data, cache.machine
     family = model.family
 
-    def encode_texts(places: range) -> list[dict[str, Tensor]]:
-        pipe = model.load("text")
-        length = text_length(settings, model)
-        return [family.encode_text(pipe, data.texts[i], length) for i in places]
-
     def encode_images(places: range) -> list[dict[str, Tensor]]:
         pipe = model.load("image")
         images = [data.pairs[i].image() for i in places]
@@ -1390,10 +1438,20 @@ def fill_cache(settings: Settings, cache: Cache) -> None:
                 " share")  # fmt: skip
         return made
 
-    texts = [data.texts[i] for i in fill("text", encode_texts)]
+    def encode(places: range) -> list[dict[str, Tensor]]:
+        return encode_texts(settings, model, [data.texts[i] for i in places])
+
+    texts = [data.texts[i] for i in fill("text", encode)]
     if texts:
         name_cut_texts(settings, model, texts)
-    fill("latent", encode_images if settings.images else sample_teacher)
+    fill("latent", encode_images if data.pairs[0].image else sample_teacher)
+
+
+def encode_texts(settings: Settings, model: Model, texts: list[str]) -> list[dict[str, Tensor]]:
+    """What the family's text encoders make of each text."""
+    pipe = model.load("text")
+    length = text_length(settings, model)
+    return [model.family.encode_text(pipe, text, length) for text in texts]
 
 
 def text_length(settings: Settings, model: Model) -> int:
@@ -1504,8 +1562,8 @@ class LoRA:
         layers = self.layers.values()
         self.params = [layer.A for layer in layers] + [layer.B for layer in layers]
 
-    def initial_weights(self) -> Tensor:
-        """The set (P,) that is loaded; in a new LoRA, one with which it is the teacher."""
+    def loaded_weights(self) -> Tensor:
+        """A copy (P,) of the set that is loaded; in a new LoRA, one that makes it the teacher."""
         return self.loaded.float().clone()
 
     def recompute(self, every: int) -> None:
@@ -1604,15 +1662,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 class TrainState:
     """All that training changes and resumes from: weights, optimizer, log."""
 
-    def __init__(self, start: Tensor, settings: Settings):
-        config = windows_of(settings)
-        self.decays = {"slow": config.slow_decay}
-        if settings.paper:
-            self.decays["fast"] = config.fast_decay
-        self.weights = {name: start.clone() for name in ("student", *self.decays)}
+    def __init__(self, start: Tensor, method: "Method"):
+        self.method = method
+        self.weights = {name: start.clone() for name in ("student", *method.decays)}
         self.student = self.weights["student"]
-        rate = settings.learning_rate
-        self.optimizer = torch.optim.AdamW([self.student], rate, weight_decay=1e-4)
+        self.optimizer = torch.optim.AdamW([self.student], weight_decay=1e-4)
         self.rows = []  # of the log, one for each iteration
         self.done = False
         self.checks = None  # what check_device found
@@ -1646,34 +1700,65 @@ class TrainState:
         self.saved = self.iteration
 
 
-def windows_of(settings: Settings) -> sc.ShortcutConfig | sc.MatchedConfig:
+class Method(NamedTuple):
+    """How windows are drawn, and which velocities take their two steps."""
+
+    decays: dict[str, float]  # of the EMAs, by name
+    windows: Callable[..., sc.Windows]  # of (batch, U=, generator=)
+    velocities: Callable[..., tuple[sc.Velocity, sc.Velocity]]  # of (windows, teacher, **emas)
+    ema_warmup: bool
+
+
+def method_of(settings: Settings) -> Method:
+    """Algorithm 2 of the paper, or matched windows."""
     if settings.paper:
-        return sc.ShortcutConfig(shift_range=settings.shift_range)
-    return sc.MatchedConfig(settings.student_steps, settings.shift_range)
+        return method_with(sc.ShortcutConfig(shift_range=settings.shift_range))
+    return method_with(sc.MatchedConfig(settings.student_steps, settings.shift_range))
+
+
+def method_with(config: sc.ShortcutConfig | sc.MatchedConfig, ema_warmup: bool = True) -> Method:
+    """The method that a config of shortcut.py is for."""
+    if isinstance(config, sc.ShortcutConfig):
+        decays = {"slow": config.slow_decay, "fast": config.fast_decay}
+        return Method(decays, partial(sc.sample_windows, config), sc.dual, ema_warmup)
+
+    def windows(batch: int, U: float, generator: torch.Generator) -> sc.Windows:
+        return sc.matched_windows(config, batch, generator=generator)  # all are teacher rows
+
+    return Method({"slow": config.slow_decay}, windows, sc.matched, ema_warmup)
 
 
 def train_student(
     settings: Settings, cache: Cache, run: Run, costs: "Costs"
 ) -> tuple["Validation | None", TrainState]:
-    """Phase 2: train, or resume; returns what calibration needs (the lead process has it all)."""
-    model, machine = cache.model, cache.machine
-    lora = LoRA(model.family, model.load("image").transformer, settings)
-    state = TrainState(lora.initial_weights(), settings)
-    if run.state.exists():
-        state.load(run.state)
-    elif run.lora.exists():
-        die(f"{run.lora} is finished, but {run.state} is gone: other settings of calibration and"
-            " comparison need it. Give another --out, or delete it to train again")  # fmt: skip
-    pool = read_pool(cache)
+    """Phase 2: train, or resume; returns what calibration needs (no validation if not the lead)."""
+    machine = cache.machine
+    lora, state = restore(settings, cache, run)
     if not state.done:
         check_disk(run, state)
         if machine.device != "cpu":
             state.checks = check_device(settings, cache, lora)
     validation = Validation(settings, cache, lora) if machine.lead else None
     if not state.done:
-        steps = train(settings, cache, pool, lora, state)
+        steps = train(settings, cache, read_pool(cache), lora, state)
         watch(steps, settings, machine, run, validation, state, costs)
     return validation, state
+
+
+def restore(settings: Settings, cache: Cache, run: Run) -> tuple[LoRA, TrainState]:
+    """The LoRA in its network, and the state of training: as saved, or at its start."""
+    model = cache.model
+    lora = LoRA(model.family, model.load("image").transformer, settings)
+    state = TrainState(lora.loaded_weights(), method_of(settings))
+    if run.state.exists():
+        state.load(run.state)
+    elif run.lora.exists():
+        die(
+            f"{run.lora} is finished but {run.state} is missing, which other settings of"
+            " calibration and comparison need: give another --out, or delete the LoRA to train"
+            " again"
+        )
+    return lora, state
 
 
 Pool = dict[tuple, list[tuple[int, Tensor]]]  # see read_pool
@@ -1695,50 +1780,56 @@ def train(
 
     A resumed run first yields the iteration that it resumes from, as its validation may be missing.
     """
-    config = windows_of(settings)
     machine = cache.machine
+    student = state.student
+    optimizer = state.optimizer
     passes = settings.accumulate * machine.processes  # for one optimizer step
-    student, optimizer = state.student, state.optimizer
+    names = ("loss", "teacher_loss", "self_loss", "residual")
     if state.iteration:
         yield state.iteration
     while state.iteration < settings.iterations:
         began = time.perf_counter()
         iteration = state.iteration + 1
-        # --paper: passes share U, evenly spread, with as many teacher rows as one large batch.
+        # Passes share U, shifted by 1 / passes from one to the next: then they have as many teacher
+        # rows as one large batch. (Matched windows have nothing but teacher rows.)
         U = torch.rand(1, generator=keyed(settings.seed, "fraction", iteration)).item()
-        sums, counts = torch.zeros(2, 4, device=machine.device)  # of loss and log, over passes
+        sums = torch.zeros(len(names), device=machine.device)
+        counts = torch.zeros(len(names), device=machine.device)
         for number in range(machine.process, passes, machine.processes):
             generator = keyed(settings.seed, "train", iteration, number)
             x_0, noise, cond = draw_batch(settings, cache, pool, generator)
             U_of_pass = (U + number / passes) % 1
-            loss, log = loss_of(config, lora, state, x_0, noise, cond, U_of_pass, generator)
+            loss, log = loss_of(lora, state, x_0, noise, cond, U_of_pass, generator)
             loss.backward()
             lora.move_gradients(student, 1 / passes)
-            values = torch.stack([loss.detach(), *log.values()])
+            values = torch.stack([loss.detach(), *(log[name] for name in names[1:])])
             exists = ~values.isnan()  # nan: the loss of rows that this pass had none of
-            exists[0] = True
+            exists[0] = True  # a loss that is nan must stay so
             sums += torch.where(exists, values, 0)
             counts += exists
         machine.add_up(sums, counts, student.grad)
 
         norm = torch.nn.utils.clip_grad_norm_(student, 10.0).item()
-        mean_loss, *logged = (sums / counts).tolist()
-        if not math.isfinite(mean_loss + norm):
-            die(f"iteration {iteration}: loss {mean_loss}, gradient norm {norm}. Stopped, the last"
-                " checkpoint is kept; try a lower --learning-rate or a longer --warmup in another"
-                " --out")  # fmt: skip
+        means = dict(zip(names, (sums / counts).tolist()))
+        if not math.isfinite(means["loss"] + norm):
+            die(
+                f"iteration {iteration}: loss {means['loss']}, gradient norm {norm}. Stopped, the"
+                " last checkpoint is kept; try a lower --learning-rate or a longer --warmup in"
+                " another --out"
+            )
         rate = settings.learning_rate * min(1, iteration / max(1, settings.warmup))
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-        for name, decay in state.decays.items():
-            sc.update_ema([state.weights[name]], [student], sc.warm_up(decay, iteration))
+        for name, decay in state.method.decays.items():
+            if state.method.ema_warmup:
+                decay = sc.warm_up(decay, iteration)
+            sc.update_ema([state.weights[name]], [student], decay)
 
-        row = {"iteration": iteration, "loss": mean_loss}
-        for name, value in zip(log, logged):
-            if not math.isnan(value):  # no pass had such rows
-                row[name] = value
-        state.rows.append(row | {"gradient_norm": norm, "learning_rate": rate})
+        row = {"iteration": iteration}
+        row |= {name: mean for name, mean in means.items() if not math.isnan(mean)}
+        row |= {"gradient_norm": norm, "learning_rate": rate}
+        state.rows.append(row)
         state.seconds = time.perf_counter() - began
         yield iteration
 
@@ -1761,7 +1852,6 @@ def draw_batch(
 
 
 def loss_of(
-    config: sc.ShortcutConfig | sc.MatchedConfig,
     lora: LoRA,
     state: TrainState,
     x_0: Tensor,
@@ -1771,14 +1861,11 @@ def loss_of(
     generator: torch.Generator,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of one pass (Eq. 13), and what to log."""
+    method = state.method
     teacher = lora.velocity(None)
-    emas = {name: lora.velocity(state.weights[name]) for name in state.decays}
-    if isinstance(config, sc.MatchedConfig):
-        windows = sc.matched_windows(config, len(x_0), generator=generator)
-        first, second = sc.matched(windows, teacher, **emas)
-    else:
-        windows = sc.sample_windows(config, len(x_0), U=U, generator=generator)
-        first, second = sc.dual(windows, teacher, **emas)
+    emas = {name: lora.velocity(state.weights[name]) for name in method.decays}
+    windows = method.windows(len(x_0), U=U, generator=generator)
+    first, second = method.velocities(windows, teacher, **emas)
     student = lora.velocity(state.student)
     return sc.shortcut_loss(windows, x_0, noise, student, first, second, **cond)
 
@@ -1953,6 +2040,7 @@ class Validation:
         self.rows = len(data.comparison) / len(data.validation)  # compared for one validated
         self.cond, self.noise = cache.held_out(data.validation, "validation")
         self.paths = {}  # of the teacher, for each number of steps
+        self.end(None, 1)  # the first call may compile
         began = time.perf_counter()
         self.fine = self.end(None, settings.teacher_steps)
         self.coarse = self.end(None, settings.student_steps)
@@ -1981,10 +2069,10 @@ class Validation:
         return sc.optimal_scale(student, self.paths[steps], **self.cond).item()
 
     def search(self, weights: Tensor, steps: int) -> tuple[float, float]:
-        """Least distance to where the teacher's many steps end, and its scale.
+        """Least distance to the teacher's reference samples, and the scale that gives it.
 
-        Two searches, from lam* on. A wide one that ends at its own border is repeated around that,
-        up to those of SCALES.
+        Five scales around lam* are tried; while the best is the outermost of all, or none gives
+        finite samples, five more around that; at last five close to the best. All lie in SCALES.
         """
         lam = self.lam(weights, steps)
         distances = {}
@@ -1994,7 +2082,8 @@ class Validation:
             for scale in tries.round(3).clip(*SCALES).tolist():
                 if scale not in distances:
                     distances[scale] = self.distance(self.end(weights, steps, scale))
-            return min(distances, key=distances.get)
+            best = min(distances, key=distances.get)
+            return best if math.isfinite(distances[best]) else min(distances)
 
         best = look(min(max(lam, 0.1), 5.0) if math.isfinite(lam) else 1.0, 0.4)
         while best in (min(distances), max(distances)) and best not in SCALES:
@@ -2093,7 +2182,7 @@ def device_errors(settings: Settings, cache: Cache, lora: LoRA) -> dict[str, flo
     t = torch.full((1,), 0.5, device=device)  # which bfloat16 does not round, times 1000
     x_t = sc.interpolate(x_0, noise, t)
     cond = cache.conditions([data.pairs[0].text], settings.guidance)
-    weights = lora.initial_weights()
+    weights = lora.loaded_weights()
     B = weights[lora.first_B :]
     B += 0.01 * torch.randn(B.shape, generator=generator).to(device)
 
@@ -2331,9 +2420,7 @@ def render(settings: Settings, machine: Machine) -> None:
         die(f"{out / LORA} was made for {adapter['base_model']}: --model {settings.model} is"
             " another")  # fmt: skip
     texts = list(settings.sample)
-    pipe = model.load("text")
-    length = text_length(settings, model)
-    encoded = [model.family.encode_text(pipe, text, length) for text in texts]
+    encoded = encode_texts(settings, model, texts)
     name_cut_texts(settings, model, texts)
     load_student(model, out, adapter["scales"][settings.student_steps])
     guidance = torch.full((len(texts),), settings.guidance)
@@ -2351,7 +2438,8 @@ def render(settings: Settings, machine: Machine) -> None:
         f"seed-{settings.seed}",
     ]
     for i, image in enumerate(model.family.decode(model.pipe, latents)):
-        name = "".join(c if c.isalnum() else "-" for c in texts[i])[:60]
+        name = "".join(c if c.isalnum() else "-" for c in texts[i])
+        name = name.encode()[:100].decode(errors="ignore")  # names of files have 255 bytes
         path = out / "samples" / ("-".join([f"{i:02d}", name, *how]) + ".png")
         with atomic(path) as part:
             Image.fromarray((255 * image).round().byte().numpy()).save(part, "png")
@@ -2499,8 +2587,8 @@ def in_words(error: OSError, out: Path) -> str:
     if isinstance(error, PermissionError):
         return (f"you are not allowed to read or write {file}: correct its permissions, then the"
                 " same command resumes")  # fmt: skip
-    reason = str(error.strerror or error).splitlines()[0]
-    return f"{file}: {reason}. Once that is fixed, the same command resumes"
+    reason = str(error.strerror or error) or type(error).__name__
+    return f"{file}: {reason.splitlines()[0]}. Once that is fixed, the same command resumes"
 
 
 @contextmanager
@@ -2771,7 +2859,7 @@ def took(results: dict) -> str:
         rows.append(f"| {name} | {duration(phase['seconds'])} | {memory} |")
     machine = dict(results["machine"])
     versions = ", ".join(f"{name} {number}" for name, number in machine.items() if name != "device")
-    words = [f"On one {machine['device']} with {versions}."]
+    words = [f"On {machine['device']} with {versions}."]
     checks = results["adapter"]["checks"]
     if checks:
         names = {"gradient": "the gradient against PyTorch's plain attention",

@@ -398,15 +398,16 @@ def test_verdicts():
 
 @pytest.mark.parametrize("paper", [False, True], ids=["matched", "paper"])
 def test_tiny_flux_is_distilled_as_flux_distill_does(paper, tmp_path):
-    """To the bit, for the config that flux_distill.py would take."""
+    """To the bit, for the config that flux_distill.py takes."""
+    config = common.paper() if paper else common.matched(3)
     more = ["--batch", 4, "--limit", 4] + ["--paper"] * paper
     settings = common_flux.demonstration(tmp_path, 0, *more, length=0.015)
     assert settings.iterations == 3
     world = common_flux.TinyFlux(settings)
-    ours = world.distil(fd.windows_of(settings), 3, snapshots=[2])
+    ours = world.distil(config, 3, snapshots=[2])
     assert sorted(ours) == [2, 3]
     world = common_flux.TinyFlux(settings)
-    state = fd.TrainState(world.lora.initial_weights(), settings)
+    state = fd.TrainState(world.lora.loaded_weights(), fd.method_of(settings))
     for _ in fd.train(settings, world.cache, world.pool, world.lora, state):
         pass
     assert torch.equal(ours[3], state.student)

@@ -256,7 +256,7 @@ def test_validations_take_as_many_network_calls_as_the_forecast_says(setup, lora
     counts = []
     for number in range(2):
         calls.clear()
-        validation.report(lora.initial_weights(), tmp_path / f"{number}.png")
+        validation.report(lora.loaded_weights(), tmp_path / f"{number}.png")
         counts.append(len(calls))
     assert counts == [8 + 16 * 5, 8]  # as in the count by hand: steps 2 and 3, N = 3
 
@@ -317,7 +317,7 @@ def test_costs_are_brought_up_to_date_without_counting_twice(tmp_path):
 
 
 def test_relative_change_is_that_of_the_merged_weights(lora):
-    start = lora.initial_weights()
+    start = lora.loaded_weights()
     weights = start + 0.05 * torch.randn(start.shape)
     lora.use(weights)
     ratios = []
@@ -388,7 +388,7 @@ def compiled(tmp_path_factory):
     torch._dynamo.reset()
     counters.clear()
     lora = new_lora(setup)
-    state = fd.TrainState(lora.initial_weights(), setup.settings)
+    state = fd.TrainState(lora.loaded_weights(), fd.method_of(setup.settings))
     graphs = []
     for _ in fd.train(setup.settings, setup.cache, fd.read_pool(setup.cache), lora, state):
         graphs.append(counters["stats"]["unique_graphs"])
@@ -511,7 +511,7 @@ def test_as_many_blocks_are_recomputed_as_asked_also_after_the_device_check(setu
     for block in lora.blocks:
         norm = block.norm1 if hasattr(block, "norm1") else block.norm
         norm.register_forward_hook(lambda *_: calls.append(1))
-    v = lora.velocity(lora.initial_weights())
+    v = lora.velocity(lora.loaded_weights())
     x, cond = setup.cache.noise([("a",)]), setup.cache.conditions([0], 1.0)
     counts = []
     for _ in range(2):

@@ -104,7 +104,7 @@ def test_memory_that_runs_out_in_sample(done, monkeypatch):
         fd.main(["--model", str(TINY), "--out", str(done), "--sample", "a red ring"])
     advised = re.findall(r"--([a-z-]+)", str(stopped.value))
     assert advised
-    assert {name.replace("-", "_") for name in advised} <= fd.OF_SAMPLING
+    assert {name.replace("-", "_") for name in advised} <= {*fd.flags_for("sampling")}
 
 
 def test_the_memory_estimate_of_the_real_flux():

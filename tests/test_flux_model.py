@@ -52,7 +52,7 @@ def merged(lora: fd.LoRA, weights: Tensor | None) -> FluxTransformer2DModel:
 def weight_sets(lora: fd.LoRA) -> list[Tensor]:
     """Three different sets of weights, all away from the teacher."""
     generator = torch.Generator().manual_seed(0)
-    start = lora.initial_weights()
+    start = lora.loaded_weights()
     return [start + 0.05 * torch.randn(start.shape, generator=generator) for _ in range(3)]
 
 
@@ -142,7 +142,7 @@ def test_a_new_lora_is_the_teacher(setup):
     lora = new_lora(setup)
     x, _, cond = rows_of(setup, 2)
     t = torch.tensor([1.0, 0.3])
-    weights = lora.initial_weights()
+    weights = lora.loaded_weights()
     assert weights.dtype == torch.float32
     assert weights.shape == (sum(p.numel() for p in lora.params),)
     with torch.no_grad():
@@ -204,7 +204,7 @@ def settings_of(setup: SimpleNamespace, paper: bool) -> fd.Settings:
 
 def state_of(setup: SimpleNamespace, lora: fd.LoRA, paper: bool) -> fd.TrainState:
     """A state whose student and EMAs all differ."""
-    state = fd.TrainState(lora.initial_weights(), settings_of(setup, paper))
+    state = fd.TrainState(lora.loaded_weights(), fd.method_of(settings_of(setup, paper)))
     for weights, drawn in zip(state.weights.values(), weight_sets(lora)):
         weights.copy_(drawn)
     return state
@@ -214,10 +214,9 @@ def our_loss(
     setup: SimpleNamespace, lora: fd.LoRA, state: fd.TrainState, paper: bool
 ) -> tuple[float, Tensor, dict[str, Tensor]]:
     """Loss, gradient and log of one pass of four rows."""
-    config = fd.windows_of(settings_of(setup, paper))
     x_0, noise, cond = rows_of(setup, 4)
     generator = torch.Generator().manual_seed(7)
-    loss, log = fd.loss_of(config, lora, state, x_0, noise, cond, 0.5, generator)
+    loss, log = fd.loss_of(lora, state, x_0, noise, cond, 0.5, generator)
     loss.backward()
     lora.move_gradients(state.student, 1.0)
     return loss.item(), state.student.grad, log
@@ -302,7 +301,7 @@ def test_gradients_do_not_depend_on_the_blocks_that_are_recomputed(setup, every)
 
 def test_gradients_add_up_in_float32_and_leave_the_lora(setup):
     lora = new_lora(setup)
-    student = lora.initial_weights()
+    student = lora.loaded_weights()
     parts = [torch.randn(p.shape) for p in lora.params]
     flat = torch.cat([part.flatten() for part in parts])
     for fraction in (0.25, 0.5):

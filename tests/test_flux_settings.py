@@ -32,7 +32,7 @@ def test_help_names_every_flag_with_its_text_and_default(setting, helped, tmp_pa
     """The default that it shows is one that the flag takes, and the one that is in force."""
     monkeypatch.chdir(tmp_path)
     line = helped[flag_of(setting.name)]
-    assert " ".join(setting.metadata["help"].split()) in line
+    assert " ".join(setting.metadata["options"]["help"].split()) in line
     default = getattr(fd.parse([]), setting.name)
     shown = re.search(r"\(default: (.+)\)$", line)
     if default is None or default is False or default == ():

@@ -53,7 +53,7 @@ def test_lam_is_the_optimal_scale_and_the_teacher_is_followed_once(setup):
     lora = new_lora(setup)
     validation = fd.Validation(setup.settings, setup.cache, lora)
     generator = torch.Generator().manual_seed(0)
-    start = lora.initial_weights()
+    start = lora.loaded_weights()
     sets = [start + 0.05 * torch.randn(start.shape, generator=generator) for _ in range(2)]
     calls = []
     hook = lora.net.register_forward_pre_hook(lambda *_: calls.append(1))

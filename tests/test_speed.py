@@ -24,7 +24,7 @@ from speed import SMALL, fd
 
 def started(run) -> tuple:
     """A state, and a generator of training steps that change it."""
-    state = fd.TrainState(run.lora.initial_weights(), run.settings)
+    state = fd.TrainState(run.lora.loaded_weights(), fd.method_of(run.settings))
     return state, fd.train(run.settings, run.cache, fd.read_pool(run.cache), run.lora, state)
 
 
@@ -50,7 +50,7 @@ def test_calls_that_are_timed_alone_leave_training_as_it_is():
     for disturbed in (False, True):
         torch.manual_seed(0)
         with speed.random_run(SMALL, 64, 2) as run:
-            start = run.lora.initial_weights()
+            start = run.lora.loaded_weights()
             state, steps = started(run)
             while state.iteration < 3:
                 next(steps)

@@ -445,7 +445,7 @@ class StepFlux(common_flux.TinyFlux):
 
 def direct_on_flux(world: StepFlux, *, calls: int, rate: float) -> sc.Velocity:
     """A student of 3 steps, by direct regression with so many teacher calls a row."""
-    weights = world.lora.initial_weights()
+    weights = world.lora.loaded_weights()
     teacher, student = world.velocity(None), world.velocity(weights)
     config = common.matched(3)
 
@@ -465,7 +465,7 @@ def progressive_on_flux(world: StepFlux, *, ladder, rate: float, growth: float) 
     iterations = world.budget / (world.settings.batch * TWO_VELOCITIES)
     for N, count in rungs(ladder, iterations, growth):
         before = world.velocity(weights)
-        weights = world.lora.initial_weights() if weights is None else weights.clone()
+        weights = world.lora.loaded_weights() if weights is None else weights.clone()
         student = world.velocity(weights)
 
         def loss(iteration: int, N=N, student=student, before=before) -> Tensor:
@@ -481,7 +481,7 @@ def shortcut_model_on_flux(
     world: StepFlux, *, rate: float, decay: float, plain: float, finest: int
 ) -> sc.Velocity:
     """v(x, t, d) of the EMA of LoRA and embedder."""
-    weights, embedder = world.lora.initial_weights(), world.embedder()
+    weights, embedder = world.lora.loaded_weights(), world.embedder()
     ema_weights, ema_embedder = weights.clone(), toy_2d.frozen(embedder)
     teacher = world.velocity(None)
     student, ema = world.velocity(weights, embedder), world.velocity(ema_weights, ema_embedder)

@@ -120,38 +120,15 @@ class TinyFlux:
     ) -> dict[int, Tensor]:
         """The student's weights (P,) after each of the snapshots and the last iteration.
 
-        To the bit those of flux_distill.py, but for any config, and with EMAs that are not warmed
-        up if ema_warmup is False.
+        By flux_distill.py's own loop, for any config; ema_warmup False: with constant EMAs.
         """
-        matched = isinstance(config, sc.MatchedConfig)
-        decays = {"slow": config.slow_decay}
-        if not matched:
-            decays["fast"] = config.fast_decay
-        student = self.lora.initial_weights()
-        emas = {name: student.clone() for name in decays}
-        teacher = self.velocity(None)
-        averages = {name: self.velocity(weights) for name, weights in emas.items()}
-
-        def loss(iteration: int) -> Tensor:
-            generator, x_0, noise, cond = self.draw("train", iteration, 0)
-            if matched:
-                windows = sc.matched_windows(config, len(x_0), generator=generator)
-                first, second = sc.matched(windows, teacher, **averages)
-            else:
-                fraction = fd.keyed(self.settings.seed, "fraction", iteration)
-                U = torch.rand(1, generator=fraction).item()
-                windows = sc.sample_windows(config, len(x_0), U=U, generator=generator)
-                first, second = sc.dual(windows, teacher, **averages)
-            velocity = self.velocity(student)
-            return sc.shortcut_loss(windows, x_0, noise, velocity, first, second, **cond)[0]
-
+        settings = replace(self.settings, iterations=iterations, accumulate=1, warmup=0)
+        method = fd.method_with(config, ema_warmup)
+        state = fd.TrainState(self.lora.loaded_weights(), method)
         kept = {}
-        for iteration in self.minimize(loss, student, iterations):
-            for name, decay in decays.items():
-                decay = sc.warm_up(decay, iteration) if ema_warmup else decay
-                sc.update_ema([emas[name]], [student], decay)
+        for iteration in fd.train(settings, self.cache, self.pool, self.lora, state):
             if iteration in (*snapshots, iterations):
-                kept[iteration] = student.clone()
+                kept[iteration] = state.student.detach().clone()
         return kept
 
     @torch.no_grad()
@@ -181,7 +158,7 @@ class MergedStudent:
         self.world = TinyFlux(settings)
         lora = self.world.lora
         saved = load_file(self.world.run.lora)
-        names = lora.named(lora.initial_weights())  # in the order of the vector
+        names = lora.named(lora.loaded_weights())  # in the order of the vector
         self.student = torch.cat([saved[f"transformer.{name}"].flatten() for name in names])
         lora.use(self.student)
         with torch.no_grad():

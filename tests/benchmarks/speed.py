@@ -127,7 +127,7 @@ def calls_of_a_step(lora: fd.LoRA, batch: dict[str, torch.Tensor]) -> None:
 def timed_steps(run: SimpleNamespace, count: int) -> list[tuple[float, float]]:
     """Seconds of each training step, and of its network calls alone; without the first ones."""
     machine = run.cache.machine
-    state = fd.TrainState(run.lora.initial_weights(), run.settings)
+    state = fd.TrainState(run.lora.loaded_weights(), fd.method_of(run.settings))
     steps = fd.train(run.settings, run.cache, fd.read_pool(run.cache), run.lora, state)
     batch = input_of_network(run)
     seconds = []
@@ -183,7 +183,7 @@ def measure_sampling(config: str, pixels: int, threads: int, length: float) -> d
     torch.set_num_threads(threads)
     with random_run(CONFIGS[config], pixels, 1) as run:
         cond, noise = run.cache.held_out([0], "speed")
-        run.lora.use(run.lora.initial_weights())
+        run.lora.use(run.lora.loaded_weights())
         model, shift = run.cache.model, run.settings.shift
 
         def sample() -> None:
