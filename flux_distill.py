@@ -25,6 +25,8 @@ finished LoRA instead, to samples/ (key: sample, number of the prompt).
 """
 
 # ruff: noqa: E402
+from __future__ import annotations
+
 import csv
 import errno
 import hashlib
@@ -63,8 +65,9 @@ def at_least(low: float, multiple_of: int = 1, high: float = math.inf):
         if not value >= low:  # or not a number
             raise ArgumentTypeError(f"{text} must be at least {low}")
         if value > high or value == math.inf:
-            raise ArgumentTypeError(f"{text} must be at most {high}" if high < math.inf else
-                                    f"{text} must be finite")  # fmt: skip
+            raise ArgumentTypeError(
+                f"{text} must be at most {high}" if high < math.inf else f"{text} must be finite"
+            )
         if isinstance(low, int) and value % multiple_of:
             raise ArgumentTypeError(f"{text} must be a multiple of {multiple_of}")
         return value
@@ -236,19 +239,27 @@ def wrong_combination(settings: Settings) -> str | None:
         return f"--shift-range {low:g} {high:g}: give the lower end first"
     most = settings.teacher_steps // 2  # a student of more steps has nothing to gain
     if settings.student_steps > most and not settings.sample:
-        return (f"--student-steps {settings.student_steps} must be at most {most}, half of"
-                " --teacher-steps")  # fmt: skip
+        return (
+            f"--student-steps {settings.student_steps} must be at most {most}, half of"
+            " --teacher-steps"
+        )
     if max(settings.steps) > settings.teacher_steps:
-        return (f"--steps {max(settings.steps)} is more than --teacher-steps"
-                f" {settings.teacher_steps}, with which all are compared: give both")  # fmt: skip
+        return (
+            f"--steps {max(settings.steps)} is more than --teacher-steps"
+            f" {settings.teacher_steps}, with which all are compared: give both"
+        )
     if settings.warmup > settings.iterations:
-        return (f"--warmup {settings.warmup} ends after the last of --iterations"
-                f" {settings.iterations}, so --learning-rate is never reached: give a shorter"
-                " --warmup")  # fmt: skip
+        return (
+            f"--warmup {settings.warmup} ends after the last of --iterations"
+            f" {settings.iterations}, so --learning-rate is never reached: give a shorter"
+            " --warmup"
+        )
     if settings.stop_when_matched and settings.validate_every >= settings.iterations:
-        return ("--stop-when-matched needs validations, and with --validate-every"
-                f" {settings.validate_every} there is none before the last of --iterations"
-                f" {settings.iterations}: give a smaller --validate-every")  # fmt: skip
+        return (
+            "--stop-when-matched needs validations, and with --validate-every"
+            f" {settings.validate_every} there is none before the last of --iterations"
+            f" {settings.iterations}: give a smaller --validate-every"
+        )
     if settings.quantize and not find_spec("torchao"):
         return "--quantize int8 needs torchao: pip install torchao"
     if settings.quantize and settings.compile:
@@ -259,15 +270,11 @@ def wrong_combination(settings: Settings) -> str | None:
 OPTION = re.compile(r"(?<!\S)--[A-Za-z]\S*")  # in prompts for other tools: --w 1024, --ar 16:9
 
 
-def listed(numbers) -> str:
-    """2, 3 or 4"""
-    *others, last = map(str, sorted(numbers))
-    return f"{', '.join(others)} or {last}" if others else last
-
-
 def no_options(option: re.Match) -> str:
-    return (f"has the option {option.group()}: prompts take no options here, remove it from the"
-            " text (size, guidance and seed are flags of the command)")  # fmt: skip
+    return (
+        f"has the option {option.group()}: prompts take no options here, remove it from the"
+        " text (size, guidance and seed are flags of the command)"
+    )
 
 
 def die(sentence: str):
@@ -275,7 +282,7 @@ def die(sentence: str):
 
 
 def stop_before_main(*_):
-    os.write(2, b"\nflux_distill.py: stopped before anything was begun\n")
+    os.write(2, b"\nflux_distill.py: stopped before the run started\n")
     os._exit(1)
 
 
@@ -339,8 +346,13 @@ LORA = "pytorch_lora_weights.safetensors"  # files in --out
 STATE = "checkpoint/state.safetensors"
 CHECK = "cache/check.safetensors"
 OUTPUTS = (
-    "README.md", "log.csv", "results.json", "costs.json", "training.png", "comparison.png",
-)  # fmt: skip
+    "README.md",
+    "log.csv",
+    "results.json",
+    "costs.json",
+    "training.png",
+    "comparison.png",
+)
 VERSION = 4  # of training and of the files: a run of another version is not resumed
 LESS_MEMORY = """what helps, in this order: --recompute-every 1, --batch 4 --accumulate 2 (down to \
 --batch 1), --rank 16, --quantize int8, --resolution 256; all but the first need another --out"""
@@ -360,7 +372,7 @@ def main(argv: list[str] | None = None) -> None:
                 distil(settings, machine)
     except KeyboardInterrupt:
         if settings.sample:
-            die("stopped; images that were printed are whole")
+            die("stopped; every image whose path was printed is complete")
         die(f"stopped; what is in --out {settings.out} is kept, and the same command resumes")
     except torch.OutOfMemoryError:
         advice = "give --batch 1, or a lower --resolution" if settings.sample else LESS_MEMORY
@@ -374,10 +386,10 @@ def main(argv: list[str] | None = None) -> None:
         if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             raise
         reason = str(error).strip().splitlines()[0][:200]
-        die(f"--compile fails on this machine ({reason}): the same command resumes without it")
+        die(f"--compile fails on this machine ({reason}): repeat the command without it to resume")
 
 
-def distil(settings: Settings, machine: "Machine") -> None:
+def distil(settings: Settings, machine: Machine) -> None:
     """A whole run, or what is left of it."""
     run, cache = prepare(settings, machine)
     with alone(run.out, machine):
@@ -394,7 +406,7 @@ def distil(settings: Settings, machine: "Machine") -> None:
         print(f"adapter, model card (README.md), images and tables in {run.out}/")
 
 
-def run_phases(settings: Settings, machine: "Machine", run: "Run", cache: "Cache") -> dict | None:
+def run_phases(settings: Settings, machine: Machine, run: Run, cache: Cache) -> dict | None:
     """All phases; returns the results in the lead process."""
     costs = Costs(run.out / "costs.json", machine)
     with costs.phase("cache", resumes=True):
@@ -412,7 +424,7 @@ def run_phases(settings: Settings, machine: "Machine", run: "Run", cache: "Cache
     return results
 
 
-def make_lora(settings: Settings, cache: "Cache", run: "Run", costs: "Costs") -> None:
+def make_lora(settings: Settings, cache: Cache, run: Run, costs: Costs) -> None:
     """Phases 2 and 3: train the student and save it.
 
     Nothing of it stays in memory: the comparison loads the transformer again.
@@ -427,7 +439,7 @@ def make_lora(settings: Settings, cache: "Cache", run: "Run", costs: "Costs") ->
             calibrate(settings, run, validation, state)
 
 
-def prepare(settings: Settings, machine: "Machine") -> tuple["Run", "Cache"]:
+def prepare(settings: Settings, machine: Machine) -> tuple[Run, Cache]:
     """Find model and data; ends if --out holds the files of something else."""
     refuse_others(settings.out)
     model = Model(settings.model, machine, settings.quantize)
@@ -438,8 +450,8 @@ def prepare(settings: Settings, machine: "Machine") -> tuple["Run", "Cache"]:
     return run, Cache(settings, model, data)
 
 
-def finished(run: "Run") -> dict | None:
-    """The results of this very run, if it has ended."""
+def finished(run: Run) -> dict | None:
+    """The results, if this run is complete, else None."""
     with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         results = json.loads((run.out / "results.json").read_text())
         in_file = read_metadata(run.lora).get("key")
@@ -454,8 +466,8 @@ class Run:
 
     out: Path
     base_model: str  # its name, without a path of this machine
-    settings: dict  # all that determines the weights after training
-    key: str  # of those settings, and of what calibration and comparison use in addition
+    settings: dict  # everything that determines the trained weights
+    key: str  # of these settings and of those that calibration and comparison use
 
     @property
     def lora(self) -> Path:
@@ -482,10 +494,11 @@ OTHER = {
 }
 
 
-def identify(settings: Settings, model: "Model", data: "Data") -> Run:
-    """The run that these settings mean; ends if --out holds another."""
-    sampling = {name: getattr(settings, name)
-                for name in ("shift", "guidance", "noises", "teacher_steps")}  # fmt: skip
+def identify(settings: Settings, model: Model, data: Data) -> Run:
+    """The run that these settings define; ends if --out holds another."""
+    sampling = {
+        name: getattr(settings, name) for name in ("shift", "guidance", "noises", "teacher_steps")
+    }
     sampling["held_out"] = digest(data.held_out)
     identity = {"version": VERSION, "model": model.fingerprint, "data": data.fingerprint}
     identity |= {name: getattr(settings, name) for name in flags_for("weights")}
@@ -506,141 +519,18 @@ def identify(settings: Settings, model: "Model", data: "Data") -> Run:
                 continue
             others.append(OTHER.get(name, f"{name} {found.get(name)}, now {value}"))
         if others:
-            die(f"--out {run.out} holds a run of other settings ({'; '.join(others)}): repeat"
-                " them, give another --out, or delete it")  # fmt: skip
+            die(
+                f"--out {run.out} holds a run with other settings ({'; '.join(others)}): repeat"
+                " them, give another --out, or delete it"
+            )
     return run
 
 
-class Machine:
-    """The device of this process, and the other processes of the run."""
-
-    def __init__(self):
-        gpu = torch.cuda.is_available()
-        patience = timedelta(days=1)  # of those that wait while one validates
-        state = PartialState(cpu=not gpu, timeout=patience)
-        self.device = "cuda" if gpu else "cpu"
-        self.dtype = torch.bfloat16 if gpu else torch.float32
-        self.process = state.process_index
-        self.processes = state.num_processes
-        self.lead = state.is_main_process  # the one that validates and writes
-
-    def add_up(self, *tensors: Tensor) -> None:
-        """Sum each tensor over all processes, in place; a barrier."""
-        if self.processes == 1:
-            return
-        with self.name_lost_process():
-            for tensor in tensors:
-                torch.distributed.all_reduce(tensor)
-            if self.device == "cuda":
-                torch.cuda.synchronize()
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process; a barrier."""
-        flags = torch.tensor([int(flag)], device=self.device)
-        self.add_up(flags)
-        return flags.item() > 0
-
-    def wait(self) -> None:
-        """A barrier: no process goes on before all are here."""
-        self.any(False)
-
-    def collect(self, items: list) -> list:
-        """The items of all processes."""
-        if self.processes == 1:
-            return items
-        with self.name_lost_process():
-            return gather_object(items)
-
-    @contextmanager
-    def name_lost_process(self):
-        try:
-            yield
-        except RuntimeError as error:
-            # Said at once: torchrun is about to end this process, too.
-            print(f"flux_distill.py: process {self.process} lost another one"
-                  f" ({type(error).__name__}); the same command resumes from the last checkpoint",
-                  file=sys.stderr, flush=True)  # fmt: skip
-            raise SystemExit(1) from None
-
-    def progress(self, items, text: str, **options):
-        """A progress bar over the items, shown by one process."""
-        quiet = {} if self.lead else {"disable": True}
-        return tqdm(items, text, **options | quiet)
-
-    def memory(self) -> float:
-        """Bytes of this process's GPU, or of a machine without one; inf if unknown."""
-        if self.device == "cuda":
-            return torch.cuda.get_device_properties("cuda").total_memory
-        try:
-            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (AttributeError, ValueError, OSError):  # Windows
-            return math.inf
-
-    def peak_memory(self) -> float | None:
-        """Peak GPU memory in GiB since the phase began; None without a GPU."""
-        return torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else None
-
-    def describe(self) -> dict[str, str]:
-        name = torch.cuda.get_device_name() if self.device == "cuda" else "CPU"
-        if self.processes > 1:
-            name = f"{self.processes} x {name}"
-        packages = ("torch", "diffusers", "transformers")
-        return {"device": name} | {package: version(package) for package in packages}
-
-
-def digest(value) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def keyed(*key) -> torch.Generator:
-    """A generator for each key: no draw depends on what was drawn before, or on which machine."""
-    return torch.Generator().manual_seed(int(digest(key)[:15], 16))
-
-
-def stacked(entries: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
-
-
-def in_batches(size: int, call: Callable[..., Tensor], *tensors: Tensor, **cond: Tensor) -> Tensor:
-    """call(*tensors, **cond) on at most `size` rows at a time."""
-    rows = len(tensors[0])
-    if rows <= size:
-        return call(*tensors, **cond)
-    parts = []
-    for start in range(0, rows, size):
-        part = slice(start, start + size)
-        of_part = {name: value[part] for name, value in cond.items()}
-        parts.append(call(*(x[part] for x in tensors), **of_part))
-    return torch.cat(parts)
-
-
-def rms(x: Tensor) -> float:
-    return x.square().mean().sqrt().item()
-
-
-# ------------------------------------------------------------------------------- the model family
-
-
-class RotaryCache(torch.nn.Module):
-    """The rotary embedding of positions, computed once for each `key` that a caller sets."""
-
-    def __init__(self, base: torch.nn.Module):
-        super().__init__()
-        self.base = base
-        self.key = None  # what tells the next call's positions apart; None: compute
-        self.known = {}
-
-    def forward(self, ids: Tensor):
-        key, self.key = self.key, None
-        if key is None:
-            return self.base(ids)
-        if key not in self.known:
-            self.known[key] = self.base(ids)
-        return self.known[key]
+# --------------------------------------------------------------------------------- the model family
 
 
 class Flux:
-    """FLUX.1-dev and its tunes: all that this file knows of a family of models.
+    """FLUX.1-dev and its fine-tunes: all that this file knows of a family of models.
 
     Latents are (B, C, H, W), an eighth of the pixels high and wide. Flux takes them packed, as
     tokens of 2 x 2 latents, which only the functions here know. Conditions are "text" (B, T, D)
@@ -810,6 +700,24 @@ schedulers normal and beta, ancestral and lcm samplers"""
         return "that-of-the-base-model"
 
 
+class RotaryCache(torch.nn.Module):
+    """The rotary embedding of positions, computed once for each `key` that a caller sets."""
+
+    def __init__(self, base: torch.nn.Module):
+        super().__init__()
+        self.base = base
+        self.key = None  # what tells the next call's positions apart; None: compute
+        self.known = {}
+
+    def forward(self, ids: Tensor):
+        key, self.key = self.key, None
+        if key is None:
+            return self.base(ids)
+        if key not in self.known:
+            self.known[key] = self.base(ids)
+        return self.known[key]
+
+
 def pack(x: Tensor) -> Tensor:
     """Latents (B, C, H, W) as tokens (B, H W / 4, 4 C) of 2 x 2 latents."""
     return torch.nn.functional.pixel_unshuffle(x, 2).flatten(2).mT
@@ -823,23 +731,37 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 
 FAMILIES = {"FluxPipeline": Flux}  # by _class_name in model_index.json
 
+# --------------------------------------------------------------------------- the teacher's pipeline
+
 REFUSALS = (  # the first that fits an error on the way to a model
-    (hub.GatedRepoError, "is gated: accept its licence at https://huggingface.co/{0}, run `hf auth"
-     " login` (a fine-grained token needs access to gated repositories), and start again"),
-    ((hub.RepositoryNotFoundError, hub.HFValidationError),
-     "is no folder here and no public model on the Hub (private: `hf auth login`)"),
-    ((hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled),
-     "is no folder here and the Hub can't be reached: give a folder, or go online"),
-    (PermissionError, "has files, here or in the Hub's"
-     " cache, that you are not allowed to read or write: correct their permissions"),
-    ((hub.EntryNotFoundError, FileNotFoundError, ValueError, KeyError, TypeError),
-     "is not a complete diffusers pipeline: it needs a model_index.json, transformer/ and vae/"),
+    (
+        hub.GatedRepoError,
+        "is gated: accept its licence at https://huggingface.co/{0}, run `hf auth"
+        " login` (a fine-grained token needs access to gated repositories), and start again",
+    ),
+    (
+        (hub.RepositoryNotFoundError, hub.HFValidationError),
+        "is no folder here and no public model on the Hub (private: `hf auth login`)",
+    ),
+    (
+        (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled),
+        "is no folder here and the Hub can't be reached: give a folder, or go online",
+    ),
+    (
+        PermissionError,
+        "has files, here or in the Hub's"
+        " cache, that you are not allowed to read or write: correct their permissions",
+    ),
+    (
+        (hub.EntryNotFoundError, FileNotFoundError, ValueError, KeyError, TypeError),
+        "is not a complete diffusers pipeline: it needs a model_index.json, transformer/ and vae/",
+    ),
     (Exception, "can't be reached: go online, or give a folder"),  # whatever networks come up with
-)  # fmt: skip
+)
 
 
 class Model:
-    """The teacher's pipeline: found and checked at once, downloaded and loaded when asked to.
+    """The teacher's pipeline: checked on creation, downloaded and loaded on request.
 
     Only one side of it is in memory at a time, "text" or "image".
     """
@@ -868,8 +790,9 @@ class Model:
             words = next(words for kinds, words in REFUSALS if issubclass(kind_of_error, kinds))
             die(f"--model {name} {words.format(name)}")
         if self.family is None:
-            known = " or ".join(f"a {kind} ({family.name}, its fine-tunes)"
-                                for kind, family in FAMILIES.items())  # fmt: skip
+            known = " or ".join(
+                f"a {kind} ({family.name}, its fine-tunes)" for kind, family in FAMILIES.items()
+            )
             die(f"--model {name} is a {kind}: this distils {known}")
         refusal = self.family.refusal(self.config)
         if refusal:
@@ -880,8 +803,11 @@ class Model:
         return self.family.latent_shape(self.config, self.vae_config, resolution)
 
     def download(self) -> None:
-        with explain(f"--model {self.name} can't be downloaded; with network and disk for"
-                     f" {self.family.size} the same command resumes", Exception):  # fmt: skip
+        with explain(
+            f"--model {self.name} can't be downloaded; with network and disk for"
+            f" {self.family.size} the same command resumes",
+            Exception,
+        ):
             if self.folder is None:
                 self.folder = Path(self.family.pipeline.download(self.name))
         files = sorted(self.folder.glob("*/*.json")) + sorted(self.folder.glob("*/*.safetensors"))
@@ -891,8 +817,13 @@ class Model:
         """The stock pipeline with its "text" or "image" side; fresh: as it is on disk."""
         if side != self.loaded or fresh:
             self.unload()
-            readable = explain(f"--model {self.name} can't be loaded: is it complete?",
-                            OSError, ValueError, RuntimeError, SafetensorError)  # fmt: skip
+            readable = explain(
+                f"--model {self.name} can't be loaded: is it complete?",
+                OSError,
+                ValueError,
+                RuntimeError,
+                SafetensorError,
+            )
             with self.name_missing_package(), readable:
                 self.pipe = self.read(side)
             self.pipe.to(self.machine.device)
@@ -919,8 +850,10 @@ class Model:
                 )
                 missing = info["missing_keys"]  # transformers would draw them at random
                 if missing:
-                    die(f"--model {self.name}: {name} lacks {len(missing)} weights that this"
-                        " version of transformers wants: try a newer one")  # fmt: skip
+                    die(
+                        f"--model {self.name}: {name} lacks {len(missing)} weights that this"
+                        " version of transformers requires: try a newer one"
+                    )
         return family.pipeline.from_pretrained(self.folder, dtype=dtype, **parts)
 
     @contextmanager
@@ -930,12 +863,14 @@ class Model:
             yield
         except ImportError as error:
             reason = str(error).split(". ")[0].splitlines()[0]
-            die(f"--model {self.name} needs a package that is missing ({reason}): install it and"
-                " start again")  # fmt: skip
+            die(
+                f"--model {self.name} needs a package that is missing ({reason}): install it and"
+                " start again"
+            )
 
 
 def int8():
-    """Weights of the transformer in int8 (torchao); it computes as without."""
+    """Weights of the transformer in int8 (torchao); activations keep their type."""
     from diffusers import PipelineQuantizationConfig, TorchAoConfig
     from torchao.quantization import Int8WeightOnlyConfig
 
@@ -954,43 +889,7 @@ def stock_sample(
     return in_batches(batch, partial(model.family.sample, pipe, steps), noise, **cond)
 
 
-def check_memory(settings: Settings, model: Model) -> None:
-    """Estimate what training takes, before anything is loaded."""
-    machine = model.machine
-    with torch.device("meta"):
-        net = model.family.transformer.from_config(model.config)
-    parameters = sum(p.numel() for p in net.parameters())
-    if parameters > 1e9 and machine.device == "cpu":
-        die(
-            f"--model {model.name} has {parameters / 1e9:.0f} billion parameters and PyTorch sees"
-            f" no GPU: use one of {model.family.gpu} (if nvidia-smi shows one, its driver is"
-            " older than 580: pip install 'torch<2.11'), or try --model tests/tiny_flux here"
-        )
-    bytes_each = machine.dtype.itemsize
-    blocks = len(model.family.blocks(net))
-    every = settings.recompute_every
-    recomputed = math.ceil(blocks / every) if every else 0
-
-    base = parameters * (1 if settings.quantize else bytes_each)
-    if settings.quantize:  # torchao computes with copies, which autograd keeps in other blocks
-        base += parameters * bytes_each * (blocks - recomputed) / blocks
-    # Activations kept, as multiples of a block's input: 1 for each block that is recomputed, about
-    # 28 for any other, and 45 while one is recomputed.
-    kept = recomputed + 28 * (blocks - recomputed) + 45 * (recomputed > 0)
-    latent_shape = model.latent_shape(settings.resolution)
-    of_row = model.family.activations(net, latent_shape, settings.text_tokens)
-    activations = bytes_each * settings.batch * of_row * kept
-    layers = model.family.lora_layers(net, settings.layers)
-    lora = settings.rank * sum(sum(net.get_submodule(name).weight.shape) for name in layers)
-    # In float32: student, gradient, two moments, EMAs.
-    vectors = 4 + len(method_of(settings).decays)
-    need = base + activations + lora * (4 * vectors + 2 * bytes_each)
-    have = machine.memory()
-    if need > have:
-        die(f"training needs about {need / 2**30:.0f} GiB of {have / 2**30:.0f} GiB; {LESS_MEMORY}")
-
-
-# ------------------------------------------------------------------------------- data and cache
+# --------------------------------------------------------------------------------------------- data
 
 PROMPTS = """\
 a red fox asleep in fresh snow, soft morning light
@@ -1085,12 +984,16 @@ def read_data(settings: Settings, model: Model) -> Data:
     if settings.images and machine.lead and left_out:
         print(f"left out {counted(left_out, 'image')}: the caption is a held-out prompt")
     if machine.lead and settings.limit > len(numbered) > 0:
-        print(f"--limit {settings.limit} is more than the {len(numbered)} pairs there are: all are"
-              " used")  # fmt: skip
+        print(
+            f"--limit {settings.limit} is more than the {len(numbered)} pairs there are: all are"
+            " used"
+        )
     numbered = numbered[: settings.limit or None]
     if not numbered:  # with prompts alone read_prompts has seen to it
-        die(f"every caption in --images {settings.images} is also one of the {len(held_out)}"
-            " held-out prompts: give --prompts a file that ends with other lines")  # fmt: skip
+        die(
+            f"every caption in --images {settings.images} is also one of the {len(held_out)}"
+            " held-out prompts: give --prompts a file that ends with other lines"
+        )
     kept = [example for _, example in numbered]
     texts = list(dict.fromkeys([*held_out, *(example.caption for example in kept)]))
     places = {text: i for i, text in enumerate(texts)}
@@ -1118,8 +1021,11 @@ def read_prompts(file: Path | None, held_out: int, needs_more: bool) -> tuple[li
     """
     if file:
         source = f"--prompts {file}"
-        with explain(f"{source} can't be read as a text file: give one in UTF-8, a prompt a line",
-                     OSError, UnicodeDecodeError):  # fmt: skip
+        with explain(
+            f"{source} can't be read as a text file: give one in UTF-8, a prompt a line",
+            OSError,
+            UnicodeDecodeError,
+        ):
             lines = file.read_text("utf-8-sig").splitlines()
     else:
         source = "the built-in list"
@@ -1137,14 +1043,15 @@ def read_prompts(file: Path | None, held_out: int, needs_more: bool) -> tuple[li
     different = len(distinct)
     needed = held_out + needs_more
     if different < needed:
-        die(f"{source} has {different} different prompts, upper and lower case being the same, and"
+        die(
+            f"{source} has {different} different prompts, upper and lower case being the same, and"
             f" --held-out {held_out} needs {needed}: give --prompts a longer file, or give a"
-            " smaller --held-out")  # fmt: skip
+            " smaller --held-out"
+        )
     return prompts, list(distinct.values())[-held_out:]
 
 
-def tidy(text: str) -> str:
-    return " ".join(text.split())
+# ------------------------------------------------------------------------- data: a folder of images
 
 
 def read_images(
@@ -1173,8 +1080,10 @@ def read_images(
         identity = [caption, *image.fingerprint]
         found.append(Example(caption, identity, partial(open_image, path, resolution)))
     if flat:
-        notes.append(f"kept {counted(flat, 'image')} of one value all over ({some(flat)}): remove"
-                     " what should not be trained on")  # fmt: skip
+        notes.append(
+            f"kept {counted(flat, 'image')} of a single color ({some(flat)}): remove"
+            " what should not be trained on"
+        )
     if machine.lead and skipped:
         print(f"skipped {len(skipped)}, kept {len(found)} images; fix these to use them:")
         print("  " + some(skipped, "\n  "))
@@ -1213,25 +1122,32 @@ def list_images(folder: Path) -> tuple[list[tuple[Path, str]], list[str], list[s
     if without_image:
         names = some([captions[stem].name for stem in without_image])
         count = counted(without_image, "caption")
-        notes.append(f"ignored {count} without an image ({names}): add the images if they should be"
-                     " there")  # fmt: skip
+        notes.append(
+            f"ignored {count} without an image ({names}): add the images if they should be there"
+        )
     if with_options:
         names = some(with_options)
-        notes.append(f"kept {counted(with_options, 'caption')} with options like --ar 16:9, which"
-                     f" are trained on as words ({names}): remove them from the text")  # fmt: skip
+        notes.append(
+            f"kept {counted(with_options, 'caption')} with options like --ar 16:9, which"
+            f" are trained on as words ({names}): remove them from the text"
+        )
     if folders:
         inside = [path for path in folder.glob("*/**/*") if path.suffix.lower() in kinds]
         names = some([path.name for path in folders])
-        notes.append(f"did not search {counted(folders, 'sub-folder')} with"
-                     f" {counted(inside, 'image')} ({names}): move images and captions up to use"
-                     " them")  # fmt: skip
+        notes.append(
+            f"did not search {counted(folders, 'sub-folder')} with"
+            f" {counted(inside, 'image')} ({names}): move images and captions up to use"
+            " them"
+        )
     known = {*images, *captions.values()}
     others = [path for path in files if path not in known]
     if others:
         counts = Counter(path.suffix.lower() or "no suffix" for path in others).most_common()
         names = some([f"{number} {suffix}" for suffix, number in counts])
-        notes.append(f"ignored {counted(others, 'file')} of other kinds ({names}): convert any"
-                     " images among them to PNG")  # fmt: skip
+        notes.append(
+            f"ignored {counted(others, 'file')} of other kinds ({names}): convert any"
+            " images among them to PNG"
+        )
     return pairs, skipped, notes
 
 
@@ -1248,17 +1164,6 @@ def read_caption(path: Path) -> str:
     if not caption:
         raise ValueError(f"{path.name} is empty")
     return caption
-
-
-def counted(things: Sized | int, noun: str) -> str:
-    number = things if isinstance(things, int) else len(things)
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def some(names: list[str], separator: str = ", ", most: int = 20) -> str:
-    """The first names, and how many more there are."""
-    more = [f"and {len(names) - most} more"] if len(names) > most else []
-    return separator.join([*names[:most], *more])
 
 
 @dataclass
@@ -1305,7 +1210,7 @@ def open_image(path: Path, resolution: int) -> Tensor:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """An RGB image of 8 bits, seen on white where it is transparent."""
+    """As RGB of 8 bits, transparency composited onto white."""
     if image.mode[0] in "IF":
         image = eight_bits(image)
     image = image.convert("RGBA")
@@ -1332,15 +1237,14 @@ def eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((255 * (values / white).clip(0, 1)).round().astype(np.uint8))
 
 
-def cache_file(out: Path, kind: str, key: str) -> Path:
-    """A file of the cache; its name tells what it was made from."""
-    return out / "cache" / f"{kind}-{key}.safetensors"
+# ----------------------------------------------------------------------------------- phase 1: cache
 
 
 class Cache:
     """What networks are fed with: embeddings of all texts, latents of all pairs, noise.
 
-    Embeddings and latents are in a file each. What is read is on the CPU, the rest on the device.
+    One file per embedding or latent. What `read` and `latent` return is on the CPU, conditions and
+    noise are on the device.
     """
 
     def __init__(self, settings: Settings, model: Model, data: Data):
@@ -1369,8 +1273,10 @@ class Cache:
         entries = [load_file(path) for path in paths]
         for path, entry in zip(paths, entries):
             if not all(tensor.isfinite().all() for tensor in entry.values()):
-                die(f"{path} holds NaN or infinity: if its text or image is sound, delete it to"
-                    " recreate it; else leave that pair out")  # fmt: skip
+                die(
+                    f"{path} holds NaN or infinity: if its text or image is sound, delete it to"
+                    " recreate it; else leave that pair out"
+                )
         return stacked(entries)
 
     def latent(self, i: int) -> Tensor:
@@ -1388,14 +1294,26 @@ class Cache:
         return draw_noise(self.settings, self.model, keys)
 
     def held_out(self, texts: list[int], purpose: str) -> tuple[dict[str, Tensor], Tensor]:
-        """Conditions of these texts, each --noises times, and as much noise of their own."""
+        """Conditions of these texts, repeated --noises times, and a noise sample for each row."""
         rows = [(i, k) for k in range(self.settings.noises) for i in texts]
         cond = self.conditions([i for i, _ in rows], self.settings.guidance)
         return cond, self.noise([(purpose, *row) for row in rows])
 
 
+def cache_file(out: Path, kind: str, key: str) -> Path:
+    """A file of the cache; its name tells what it was made from."""
+    return out / "cache" / f"{kind}-{key}.safetensors"
+
+
+def draw_noise(settings: Settings, model: Model, keys: list[tuple]) -> Tensor:
+    """Noise (B, C, H, W), a draw for each key."""
+    shape = model.latent_shape(settings.resolution)
+    draws = [torch.randn(shape, generator=keyed(settings.seed, *key)) for key in keys]
+    return torch.stack(draws).to(model.machine.device)
+
+
 def fill_cache(settings: Settings, cache: Cache) -> None:
-    """Phase 1: make what the cache lacks.
+    """Phase 1: fill in the missing entries of the cache.
 
     A batch always consists of the same entries: its rounding depends on all of them.
     """
@@ -1434,8 +1352,10 @@ def fill_cache(settings: Settings, cache: Cache) -> None:
             made += missing
         machine.wait()
         if not cache.is_complete(kind):  # others made the rest; latents are made from the texts
-            die(f"--out {settings.out} is not one folder for all machines: put it on a disk they"
-                " share")  # fmt: skip
+            die(
+                f"--out {settings.out} is not a folder that all machines share: put it on a shared"
+                " disk"
+            )
         return made
 
     def encode(places: range) -> list[dict[str, Tensor]]:
@@ -1458,8 +1378,10 @@ def text_length(settings: Settings, model: Model) -> int:
     """Tokens that a text is padded or cut to."""
     most = model.family.longest_text(model.load("text"))
     if "text_tokens" in settings.given and settings.text_tokens > most:
-        die(f"--text-tokens {settings.text_tokens} is more than the {most} of the tokenizer of"
-            f" --model {model.name}: give at most {most}")  # fmt: skip
+        die(
+            f"--text-tokens {settings.text_tokens} is more than the {most} of the tokenizer of"
+            f" --model {model.name}: give at most {most}"
+        )
     return min(settings.text_tokens, most)
 
 
@@ -1476,18 +1398,11 @@ def name_cut_texts(settings: Settings, model: Model, texts: list[str]) -> None:
     if length < most:
         advice += f", or give --text-tokens up to {most}"
     title = f"cut {len(cut)} of {counted(texts, 'text')} to {length} tokens; {advice}:"
-    # On stderr: what --sample prints on stdout are paths.
+    # On stderr, since --sample prints paths to stdout.
     tqdm.write(some([title, *cut], "\n  ", most=6), file=sys.stderr)
 
 
-def draw_noise(settings: Settings, model: Model, keys: list[tuple]) -> Tensor:
-    """Noise (B, C, H, W), a draw for each key."""
-    shape = model.latent_shape(settings.resolution)
-    draws = [torch.randn(shape, generator=keyed(settings.seed, *key)) for key in keys]
-    return torch.stack(draws).to(model.machine.device)
-
-
-# ------------------------------------------------- the LoRA, which holds several sets of weights
+# ---------------------------------------------------- the LoRA, which holds several sets of weights
 
 
 class LoRALinear(torch.nn.Module):
@@ -1509,8 +1424,8 @@ class LoRALinear(torch.nn.Module):
             return self.base(x)
         rows = x.reshape(-1, x.shape[-1])
         y = self.base(rows)
-        # Added in place: no gradient needs the base's output. It must not be a view, of which
-        # autograd would make a copy; so the rows are made a matrix before, not after.
+        # In place, since no gradient needs the base's output. It is flattened before and not after,
+        # because autograd would copy a view before an in-place addition.
         y.addmm_(rows @ self.A.T, self.B.T)
         return y.reshape(*x.shape[:-1], -1)
 
@@ -1582,7 +1497,7 @@ class LoRA:
 
     @torch.no_grad()
     def use(self, weights: Tensor | None, scale: float = 1.0) -> None:
-        """Load weights (P,), their change of the network multiplied by `scale`."""
+        """Load weights (P,), with B multiplied by `scale`."""
         self.switch.on = weights is not None and scale != 0
         if not self.switch.on:
             return
@@ -1631,7 +1546,7 @@ class LoRA:
 
     @contextmanager
     def in_float32(self):
-        """Compute in float32, converting one layer at a time: 24 GB stay 24 GB."""
+        """Compute in float32, one layer at a time, so that the network keeps its size."""
         narrow = {}
 
         def widen(module, inputs):
@@ -1656,48 +1571,38 @@ class LoRA:
 
 # ----------------------------------------------------------------------------------- phase 2: train
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+
+def train_student(
+    settings: Settings, cache: Cache, run: Run, costs: Costs
+) -> tuple[Validation | None, TrainState]:
+    """Phase 2: train, or resume; returns what calibration needs (no validation if not the lead)."""
+    machine = cache.machine
+    lora, state = restore(settings, cache, run)
+    if not state.done:
+        check_disk(run, state)
+        if machine.device != "cpu":
+            state.checks = check_device(settings, cache, lora)
+    validation = Validation(settings, cache, lora) if machine.lead else None
+    if not state.done:
+        steps = train(settings, cache, read_pool(cache), lora, state)
+        watch(steps, settings, machine, run, validation, state, costs)
+    return validation, state
 
 
-class TrainState:
-    """All that training changes and resumes from: weights, optimizer, log."""
-
-    def __init__(self, start: Tensor, method: "Method"):
-        self.method = method
-        self.weights = {name: start.clone() for name in ("student", *method.decays)}
-        self.student = self.weights["student"]
-        self.optimizer = torch.optim.AdamW([self.student], weight_decay=1e-4)
-        self.rows = []  # of the log, one for each iteration
-        self.done = False
-        self.checks = None  # what check_device found
-        self.saved = 0  # the iteration that is on disk
-        self.seconds = 0.0  # of the last iteration
-
-    @property
-    def iteration(self) -> int:
-        """How many optimizer steps there were."""
-        return len(self.rows)
-
-    def save(self, run: Run) -> None:
-        """In one file, which is replaced whole or not at all."""
-        moments = {name: self.optimizer.state[self.student][name] for name in MOMENTS}
-        metadata = {"settings": run.settings, "rows": self.rows, "done": self.done,
-                    "checks": self.checks}  # fmt: skip
-        write_tensors(run.state, self.weights | moments, metadata)
-        self.saved = self.iteration
-
-    @torch.no_grad()
-    def load(self, path: Path) -> None:
-        metadata = read_metadata(path)
-        saved = load_file(path)
-        for name, weights in self.weights.items():
-            weights.copy_(saved[name])
-        self.rows, self.done, self.checks = (metadata[name] for name in ("rows", "done", "checks"))
-        # A copy: otherwise they would be the file itself, mapped into memory.
-        moments = {name: saved[name].to(self.student.device, copy=True) for name in MOMENTS}
-        steps = torch.tensor(float(self.iteration))
-        self.optimizer.state[self.student] = moments | {"step": steps}
-        self.saved = self.iteration
+def restore(settings: Settings, cache: Cache, run: Run) -> tuple[LoRA, TrainState]:
+    """The LoRA in its network, and the state of training: as saved, or at its start."""
+    model = cache.model
+    lora = LoRA(model.family, model.load("image").transformer, settings)
+    state = TrainState(lora.loaded_weights(), method_of(settings))
+    if run.state.exists():
+        state.load(run.state)
+    elif run.lora.exists():
+        die(
+            f"{run.lora} is finished but {run.state} is missing, which other settings of"
+            " calibration and comparison need: give another --out, or delete the LoRA to train"
+            " again"
+        )
+    return lora, state
 
 
 class Method(NamedTuple):
@@ -1728,37 +1633,52 @@ def method_with(config: sc.ShortcutConfig | sc.MatchedConfig, ema_warmup: bool =
     return Method({"slow": config.slow_decay}, windows, sc.matched, ema_warmup)
 
 
-def train_student(
-    settings: Settings, cache: Cache, run: Run, costs: "Costs"
-) -> tuple["Validation | None", TrainState]:
-    """Phase 2: train, or resume; returns what calibration needs (no validation if not the lead)."""
-    machine = cache.machine
-    lora, state = restore(settings, cache, run)
-    if not state.done:
-        check_disk(run, state)
-        if machine.device != "cpu":
-            state.checks = check_device(settings, cache, lora)
-    validation = Validation(settings, cache, lora) if machine.lead else None
-    if not state.done:
-        steps = train(settings, cache, read_pool(cache), lora, state)
-        watch(steps, settings, machine, run, validation, state, costs)
-    return validation, state
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
-def restore(settings: Settings, cache: Cache, run: Run) -> tuple[LoRA, TrainState]:
-    """The LoRA in its network, and the state of training: as saved, or at its start."""
-    model = cache.model
-    lora = LoRA(model.family, model.load("image").transformer, settings)
-    state = TrainState(lora.loaded_weights(), method_of(settings))
-    if run.state.exists():
-        state.load(run.state)
-    elif run.lora.exists():
-        die(
-            f"{run.lora} is finished but {run.state} is missing, which other settings of"
-            " calibration and comparison need: give another --out, or delete the LoRA to train"
-            " again"
-        )
-    return lora, state
+class TrainState:
+    """All that training changes and resumes from: weights, optimizer, log."""
+
+    def __init__(self, start: Tensor, method: Method):
+        self.method = method
+        self.weights = {name: start.clone() for name in ("student", *method.decays)}
+        self.student = self.weights["student"]
+        self.optimizer = torch.optim.AdamW([self.student], weight_decay=1e-4)
+        self.rows = []  # of the log, one for each iteration
+        self.done = False
+        self.checks = None  # what check_device found
+        self.saved = 0  # the iteration that is on disk
+        self.seconds = 0.0  # of the last iteration
+
+    @property
+    def iteration(self) -> int:
+        """How many optimizer steps there were."""
+        return len(self.rows)
+
+    def save(self, run: Run) -> None:
+        """Write one file, atomically."""
+        moments = {name: self.optimizer.state[self.student][name] for name in MOMENTS}
+        metadata = {
+            "settings": run.settings,
+            "rows": self.rows,
+            "done": self.done,
+            "checks": self.checks,
+        }
+        write_tensors(run.state, self.weights | moments, metadata)
+        self.saved = self.iteration
+
+    @torch.no_grad()
+    def load(self, path: Path) -> None:
+        metadata = read_metadata(path)
+        saved = load_file(path)
+        for name, weights in self.weights.items():
+            weights.copy_(saved[name])
+        self.rows, self.done, self.checks = (metadata[name] for name in ("rows", "done", "checks"))
+        # A copy: otherwise they would be the file itself, mapped into memory.
+        moments = {name: saved[name].to(self.student.device, copy=True) for name in MOMENTS}
+        steps = torch.tensor(float(self.iteration))
+        self.optimizer.state[self.student] = moments | {"step": steps}
+        self.saved = self.iteration
 
 
 Pool = dict[tuple, list[tuple[int, Tensor]]]  # see read_pool
@@ -1875,13 +1795,13 @@ def watch(
     settings: Settings,
     machine: Machine,
     run: Run,
-    validation: "Validation | None",
+    validation: Validation | None,
     state: TrainState,
-    costs: "Costs",
+    costs: Costs,
 ) -> None:
     """Follow training: save, validate, stop when asked to.
 
-    Validations take long, so the step is saved before: a resumed run begins with what is due.
+    A validation takes long, so the state is saved before: a resumed run repeats only that.
     """
     third = state.iteration + 3  # the first iterations are slower, so the third is timed
     bar = machine.progress(
@@ -1912,7 +1832,7 @@ def watch(
                     bar.set_description("validate")  # the first takes minutes, later ones seconds
                     lost = validate(settings, run, validation, state, bar)
                     bar.set_description("train")
-            if machine.any(lost):  # the same command begins here, and comes to the same end
+            if machine.any(lost):  # the same command would repeat this validation and stop again
                 words = f"diverged student; {LOWER_RATE}"
                 if machine.lead:
                     words = verdict(settings, state.rows[-1])
@@ -1927,7 +1847,7 @@ def watch(
 
 
 def validate(
-    settings: Settings, run: Run, validation: "Validation", state: TrainState, bar: tqdm
+    settings: Settings, run: Run, validation: Validation, state: TrainState, bar: tqdm
 ) -> bool:
     """Add a validation to the log, and see whether training is done; returns whether it is lost."""
     row = state.rows[-1]
@@ -1937,7 +1857,7 @@ def validate(
     bar.set_postfix({f"lam*({N})": f"{row[f'lam_{N}']:.2f}"})
     lost = has_diverged(settings, row, 5.0)
     words = verdict(settings, row)
-    if 2 * iteration >= settings.iterations and not lost and "ALARM" in words:
+    if 2 * iteration >= settings.iterations and not lost and "WARNING" in words:
         tqdm.write(f"iteration {iteration}: {words}")
     write_log(run.out, state.rows)
     draw_log(settings, run.out, state.rows)
@@ -1953,45 +1873,6 @@ def has_matched(settings: Settings, rows: list[dict]) -> bool:
     stalled = len(lams) >= 10 and sum(lams[-5:]) > 0.99 * sum(lams[-10:-5])
     learned = rows[-1]["rmse"] < 0.98 * rows[-1]["teacher_rmse"]
     return learned and (0 < lams[-1] <= 1.05 or stalled)
-
-
-@contextmanager
-def interruptible():
-    """A list that a stop signal fills, instead of ending the process during an iteration."""
-    asked = []
-
-    def ask(*_):
-        asked.append(True)
-        os.write(2, b"\nstopping after this iteration\n")  # safe during any other writing
-
-    with on_stop(ask):
-        yield asked
-
-
-def stop_now(*_):
-    raise KeyboardInterrupt
-
-
-@contextmanager
-def on_stop(handler):
-    """Let stop signals call this. Those that are ignored stay so, as under nohup.
-
-    In a thread that is not the main one, signals are left alone.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows lacks the last
-    kinds = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {kind: signal.getsignal(kind) for kind in kinds}
-    before = {kind: old for kind, old in before.items() if old not in (signal.SIG_IGN, None)}
-    for kind in before:
-        signal.signal(kind, handler)
-    try:
-        yield
-    finally:
-        for kind, old in before.items():
-            signal.signal(kind, old)
 
 
 def write_log(out: Path, rows: list[dict]) -> None:
@@ -2025,7 +1906,14 @@ def draw_log(settings: Settings, out: Path, rows: list[dict]) -> None:
         figure.savefig(part, format="png", dpi=110)
 
 
-# ---------------------------------------------------------- is the student good? is the device?
+# --------------------------------------------------------------------------------------- validation
+
+SCALES = (
+    0.05,
+    8.0,
+)  # of the LoRA are searched between these; a best one at either limit counts as none
+
+MOST_COLUMNS = 8  # of an image that compares
 
 
 class Validation:
@@ -2037,7 +1925,7 @@ class Validation:
         self.cache = cache
         self.lora = lora
         self.texts = [data.texts[i] for i in data.validation]
-        self.rows = len(data.comparison) / len(data.validation)  # compared for one validated
+        self.compared = len(data.comparison) / len(data.validation)  # texts, for one validated
         self.cond, self.noise = cache.held_out(data.validation, "validation")
         self.paths = {}  # of the teacher, for each number of steps
         self.end(None, 1)  # the first call may compile
@@ -2108,15 +1996,11 @@ class Validation:
         return self.measure(weights, end, self.settings.all_steps)
 
 
-MOST_COLUMNS = 8  # of an image that compares
-SCALES = (0.05, 8.0)  # of the LoRA, searched between these; one of them itself is no best scale
-
-
 def has_diverged(settings: Settings, row: dict[str, float], factor: float = 2.0) -> bool:
-    """Whether the student is not finite, or far off: over `factor` times as far as the teacher.
+    """Whether the student is not finite, or its error is over `factor` times the teacher's.
 
-    One that is far off because it overshoots keeps a lam* of about 1 / (1 + factor): a scale mends
-    it, and it has not diverged.
+    A student that overshoots that far has a lam* of about 1 / (1 + factor): a scale corrects it, so
+    it has not diverged. During training the factor is larger, for students may recover.
     """
     student = row["rmse"]
     lam = row[f"lam_{settings.student_steps}"]
@@ -2130,30 +2014,64 @@ def verdict(settings: Settings, row: dict[str, float], has_scale: bool = True) -
     student = row["rmse"]
     teacher = row["teacher_rmse"]
     lam = row[f"lam_{N}"]
-    distances = (f"in {N} steps the student ends {student:.3f} from the teacher's"
-                 f" {settings.teacher_steps} steps, the teacher itself {teacher:.3f}")  # fmt: skip
+    distances = (
+        f"in {N} steps the student's RMSE to the teacher's {settings.teacher_steps} steps is"
+        f" {student:.3f}, the teacher's own {teacher:.3f}"
+    )
     if not math.isfinite(student):
         distances = f"in {N} steps its latents hold NaN or infinity"
     if has_diverged(settings, row):
-        return f"ALARM, diverged student: {distances}; {LOWER_RATE}"
+        return f"WARNING, diverged student: {distances}; {LOWER_RATE}"
     if lam < 0.8 and abs(student - teacher) > 0.02 * teacher:
         way_out = "use its scale, or train shorter" if has_scale else "train shorter"
-        return f"ALARM, overshot: lam* is {lam:.2f}; {distances}; {way_out}"
+        return f"WARNING, overshot: lam* is {lam:.2f}; {distances}; {way_out}"
     if not student < 0.98 * teacher:
-        return f"ALARM, inert student: {distances}; train longer or with a higher --learning-rate"
+        return f"WARNING, inert student: {distances}; train longer or with a higher --learning-rate"
     return distances
 
 
-# What a GPU may get wrong in silence: how far it may be off, relatively, and what to try.
+def draw(settings: Settings, rows: list[Tensor], texts: list[str], path: Path) -> None:
+    """Images (B, h, w, 3) of teacher, student, teacher in many steps; a column for each text."""
+    N = settings.student_steps
+    labels = [
+        f"{name}\n{n} steps"
+        for name, n in (("teacher", N), ("student", N), ("teacher", settings.teacher_steps))
+    ]
+    figure = Figure((1.7 * len(texts) + 0.7, 1.7 * len(rows) + 0.5), layout="constrained")
+    grid = figure.subplots(len(rows), len(texts), squeeze=False)
+    for axes, label, images in zip(grid, labels, rows):
+        for axis, image in zip(axes, images):
+            axis.imshow(image.numpy(), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+        axes[0].set_ylabel(label)
+    for axis, text in zip(grid[0], texts):
+        axis.set_title(textwrap.fill(text[:72], 24), fontsize=8, parse_math=False)
+    with atomic(path) as part, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fonts may lack glyphs
+        figure.savefig(part, format="png", dpi=110)
+
+
+# ------------------------------------------------------------------------------ check of the device
+
+# What a GPU may get wrong without an error: the largest relative difference that is rounding,
+# what is said if there is a larger one, and what to try.
 TRY_KERNELS = "try DIFFUSERS_ATTN_BACKEND=_native_math, another version of PyTorch, or no --compile"
+
 CHECKS = {
-    "gradient": (0.05, "the student's gradient with the attention kernels in use differs from that"
-                 " with PyTorch's plain attention", TRY_KERNELS),
+    "gradient": (
+        0.05,
+        "the student's gradient with the attention kernels in use differs from that"
+        " with PyTorch's plain attention",
+        TRY_KERNELS,
+    ),
     "teacher": (0.25, "the teacher's velocity differs from the same in float32", TRY_KERNELS),
     "student": (0.25, "the student's velocity differs from the same in float32", TRY_KERNELS),
-    "pipeline": (0.03, "the latents of our own sampler differ from those of the stock pipeline",
-                 "try another version of diffusers"),
-}  # fmt: skip
+    "pipeline": (
+        0.03,
+        "the latents of our own sampler differ from those of the stock pipeline",
+        "try another version of diffusers",
+    ),
+}
 
 
 def check_device(settings: Settings, cache: Cache, lora: LoRA) -> dict[str, float]:
@@ -2162,8 +2080,10 @@ def check_device(settings: Settings, cache: Cache, lora: LoRA) -> dict[str, floa
     for name, value in found.items():
         bound, sentence, way_out = CHECKS[name]
         if not value < bound:  # or not a number
-            die(f"on this device {sentence} by {value:.2g} of its size (at most {bound:g} is"
-                f" rounding): training would go wrong; {way_out}")  # fmt: skip
+            die(
+                f"on this device {sentence} by {value:.2g} of its size (at most {bound:g} is"
+                f" rounding): training would go wrong; {way_out}"
+            )
     return found
 
 
@@ -2183,8 +2103,8 @@ def device_errors(settings: Settings, cache: Cache, lora: LoRA) -> dict[str, flo
     x_t = sc.interpolate(x_0, noise, t)
     cond = cache.conditions([data.pairs[0].text], settings.guidance)
     weights = lora.loaded_weights()
-    B = weights[lora.first_B :]
-    B += 0.01 * torch.randn(B.shape, generator=generator).to(device)
+    count_B = len(weights) - lora.first_B
+    weights[lora.first_B :] += 0.01 * torch.randn(count_B, generator=generator).to(device)
 
     def gradient(rows: int) -> Tensor:
         """Of the mean loss of `rows` equal rows: the same for any number of them."""
@@ -2226,16 +2146,16 @@ def device_errors(settings: Settings, cache: Cache, lora: LoRA) -> dict[str, flo
                 found[name] = difference(v, reference)
     N = settings.student_steps
     shift = settings.shift
-    cond, start = cache.held_out([0], "check")
+    held_out_cond, start = cache.held_out([0], "check")
     times = sc.time_grid(N, shift).to(device)
-    ours = sc.euler_sample(lora.velocity(None), start, times, **cond)
+    our_latents = sc.euler_sample(lora.velocity(None), start, times, **held_out_cond)
     lora.use(None)
-    stock = stock_sample(cache.model, start, N, cond, shift, settings.batch)
-    found["pipeline"] = difference(ours, stock)
+    stock = stock_sample(cache.model, start, N, held_out_cond, shift, settings.batch)
+    found["pipeline"] = difference(our_latents, stock)
     return found
 
 
-# ------------------------------------------------------------------- phase 3: calibrate and save
+# ---------------------------------------------------------------------- phase 3: calibrate and save
 
 
 def calibrate(settings: Settings, run: Run, validation: Validation, state: TrainState) -> None:
@@ -2265,7 +2185,7 @@ def calibrate(settings: Settings, run: Run, validation: Validation, state: Train
     scales, uncalibrated = {}, []
     for n, (distance, scale) in sorted(best.items()):
         scales[n] = scale
-        # Where every scale ends where the teacher does, the least distance is rounding.
+        # At a scale near 0 every student samples as the teacher does: require an improvement.
         teacher = validation.distance(validation.end(None, n))
         if scale in SCALES or not distance < 0.999 * teacher:
             uncalibrated.append(n)
@@ -2279,20 +2199,29 @@ def calibrate(settings: Settings, run: Run, validation: Validation, state: Train
     cond, noise = cache.held_out([0], "check")
     check = stock_sample(model, noise, N, cond, settings.shift, settings.batch)
     if not check.isfinite().all():
-        die(f"nothing is saved: at scale {scales[N]:g} the student's latents hold NaN or infinity;"
-            f" {LOWER_RATE}")  # fmt: skip
+        die(
+            f"nothing is saved: at scale {scales[N]:g} the student's latents hold NaN or infinity;"
+            f" {LOWER_RATE}"
+        )
     write_tensors(run.check, {"latents": check}, {"key": run.key})
     metadata = {
-        "base_model": run.base_model, "student_steps": N, "shift": settings.shift,
-        "scales": scales, "uncalibrated": uncalibrated,
-        "resolution": settings.resolution, "guidance": settings.guidance, "rank": settings.rank,
-        "max_sequence_length": cond["text"].shape[1], "iterations": state.iteration,
+        "base_model": run.base_model,
+        "student_steps": N,
+        "shift": settings.shift,
+        "scales": scales,
+        "uncalibrated": uncalibrated,
+        "resolution": settings.resolution,
+        "guidance": settings.guidance,
+        "rank": settings.rank,
+        "max_sequence_length": cond["text"].shape[1],
+        "iterations": state.iteration,
         "weights": "slow EMA of the student" if name == "slow" else name,
         "note": note,
         "checks": state.checks,
         "relative_change": lora.relative_change(weights, scales[N]),
-        "settings": run.settings, "key": run.key,
-    }  # fmt: skip
+        "settings": run.settings,
+        "key": run.key,
+    }
     model.family.pipeline.save_lora_weights(
         run.out,
         lora.named(weights),
@@ -2303,8 +2232,10 @@ def calibrate(settings: Settings, run: Run, validation: Validation, state: Train
 def no_scale(steps: list[int]) -> str:
     """Says for which numbers of steps the LoRA has no scale to recommend."""
     low, high = SCALES
-    return (f"For {listed(steps)} steps no scale from {low:g} to {high:g} was best: 1 stands in"
-            " its place and is no recommendation")  # fmt: skip
+    return (
+        f"For {listed(steps)} steps no scale from {low:g} to {high:g} was best: 1 is a placeholder,"
+        " not a recommendation"
+    )
 
 
 def read_adapter(out: Path) -> dict:
@@ -2313,8 +2244,10 @@ def read_adapter(out: Path) -> dict:
     if not adapter:
         die(f"there is no complete {LORA} in --out {out}: distil first, without --sample")
     if adapter["settings"].get("version") != VERSION:
-        die(f"{out / LORA} is from another version of this program: render with that version, or"
-            " distil again in another --out")  # fmt: skip
+        die(
+            f"{out / LORA} is from another version of this program: render with that version, or"
+            " distil again in another --out"
+        )
     adapter["scales"] = {int(n): scale for n, scale in adapter["scales"].items()}
     return adapter
 
@@ -2327,7 +2260,7 @@ def load_student(model: Model, out: Path, scale: float) -> DiffusionPipeline:
     return pipe
 
 
-# --------------------------------------------------------------- phase 4: compare; and --sample
+# --------------------------------------------------------------------------------- phase 4: compare
 
 
 def compare(settings: Settings, cache: Cache, run: Run) -> dict:
@@ -2344,8 +2277,10 @@ def compare(settings: Settings, cache: Cache, run: Run) -> dict:
     cond, noise = cache.held_out([0], "check")
     check = rms(sample(noise, N, cond) - expected) / rms(expected)
     if not check < (3e-2 if machine.device == "cuda" else 1e-5):
-        die(f"self-check failed: in a fresh pipeline {run.lora} gives other latents than in"
-            f" training, by {check:.1e} of their size; do not use it")  # fmt: skip
+        die(
+            f"self-check failed: in a fresh pipeline {run.lora} gives other latents than in"
+            f" training, by {check:.1e} of their size; do not use it"
+        )
 
     cond, noise = cache.held_out(data.comparison, "compare")
     pipe.set_adapters("student", 0.0)
@@ -2365,8 +2300,10 @@ def compare(settings: Settings, cache: Cache, run: Run) -> dict:
         latents = sample(noise, n, cond)
         distance = rms(latents - fine)
         if not math.isfinite(distance):
-            die(f"{run.lora} gives NaN or infinity in {n} steps at scale {scale:g}: do not use it,"
-                f" {LOWER_RATE}")  # fmt: skip
+            die(
+                f"{run.lora} gives NaN or infinity in {n} steps at scale {scale:g}: do not use it,"
+                f" {LOWER_RATE}"
+            )
         images = model.family.decode(pipe, latents)
         error = (images - fine_images).square().mean((1, 2, 3)).clamp(min=1e-10)
         psnr = -10 * error.log10().mean().item()
@@ -2388,23 +2325,21 @@ def compare(settings: Settings, cache: Cache, run: Run) -> dict:
     }
 
 
-def draw(settings: Settings, rows: list[Tensor], texts: list[str], path: Path) -> None:
-    """Images (B, h, w, 3) of teacher, student, teacher in many steps; a column for each text."""
-    N = settings.student_steps
-    labels = [f"{name}\n{n} steps" for name, n in
-              (("teacher", N), ("student", N), ("teacher", settings.teacher_steps))]  # fmt: skip
-    figure = Figure((1.7 * len(texts) + 0.7, 1.7 * len(rows) + 0.5), layout="constrained")
-    grid = figure.subplots(len(rows), len(texts), squeeze=False)
-    for axes, label, images in zip(grid, labels, rows):
-        for axis, image in zip(axes, images):
-            axis.imshow(image.numpy(), interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-        axes[0].set_ylabel(label)
-    for axis, text in zip(grid[0], texts):
-        axis.set_title(textwrap.fill(text[:72], 24), fontsize=8, parse_math=False)
-    with atomic(path) as part, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a font need not have every script
-        figure.savefig(part, format="png", dpi=110)
+def markdown(results: dict) -> str:
+    """The table: RMSE of latents / PSNR of images."""
+    cells = {(row["sampler"], row["steps"]): row for row in results["table"]}
+    names, steps = (list(dict.fromkeys(column)) for column in zip(*cells))
+    lines = [["Euler steps", *map(str, steps)], ["---"] * (1 + len(steps))]
+    for name in names:
+        row = [cells[name, n] for n in steps]
+        lines.append([name, *(f"{cell['rmse']:.3f} / {cell['psnr']:.1f}" for cell in row)])
+    missing = results["adapter"]["uncalibrated"]
+    scales = ["none found" if cell["steps"] in missing else f"{cell['scale']:.2f}" for cell in row]
+    lines.append(["its scale", *scales])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# ----------------------------------------------------------------------------------------- --sample
 
 
 def render(settings: Settings, machine: Machine) -> None:
@@ -2417,8 +2352,10 @@ def render(settings: Settings, machine: Machine) -> None:
     model = Model(settings.model, machine, settings.quantize)
     model.download()
     if adapter["settings"]["model"] != model.fingerprint:
-        die(f"{out / LORA} was made for {adapter['base_model']}: --model {settings.model} is"
-            " another")  # fmt: skip
+        die(
+            f"{out / LORA} was made for {adapter['base_model']}: --model {settings.model} is"
+            " another"
+        )
     texts = list(settings.sample)
     encoded = encode_texts(settings, model, texts)
     name_cut_texts(settings, model, texts)
@@ -2448,27 +2385,300 @@ def render(settings: Settings, machine: Machine) -> None:
 
 def follow_adapter(settings: Settings, adapter: dict) -> Settings:
     """Settings by which the LoRA was made, where no flag says otherwise."""
-    made_with = {name: adapter[name]
-                 for name in ("student_steps", "resolution", "guidance", "shift")}  # fmt: skip
+    made_with = {
+        name: adapter[name] for name in ("student_steps", "resolution", "guidance", "shift")
+    }
     made_with["text_tokens"] = adapter["max_sequence_length"]
     made_with["quantize"] = adapter["settings"]["quantize"]
     for name in settings.given & made_with.keys():
         del made_with[name]
     settings = replace(settings, **made_with)
     if settings.quantize and not find_spec("torchao"):
-        die(f"the adapter in --out {settings.out} is for an int8 base, which needs torchao: pip"
-            " install torchao")  # fmt: skip
+        die(
+            f"the adapter in --out {settings.out} is for an int8 base, which needs torchao: pip"
+            " install torchao"
+        )
     N = settings.student_steps
     if N not in adapter["scales"]:
-        die(f"--student-steps {N}: the adapter in --out {settings.out} has scales for"
-            f" {listed(adapter['scales'])} steps, give one of these")  # fmt: skip
+        die(
+            f"--student-steps {N}: the adapter in --out {settings.out} has scales for"
+            f" {listed(adapter['scales'])} steps, give one of these"
+        )
     if N in adapter["uncalibrated"]:
         words = f"{no_scale([N])}: give another --student-steps"
         tqdm.write(words, file=sys.stderr)
     return settings
 
 
-# -------------------------------------------------------------------------------- what a run costs
+# ----------------------------------------------------------------------------------- the model card
+
+CARD = """{head}
+# {title} in {student_steps} steps
+
+A LoRA of rank {rank}, distilled with SCFM ([arXiv 2510.17858](https://arxiv.org/abs/2510.17858)).
+As an adapter of {title} it inherits that model's licence.
+{alarm}
+It was made on the base model in {precision}: use the same precision. {layers}
+
+![Teacher in {student_steps} steps, student in {student_steps}, teacher in {fine}](comparison.png)
+
+*Same noise in each column; prompts that were not trained on, not selected.*
+
+## diffusers
+
+```python
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, {pipeline}
+{int8}
+pipe = {pipeline}.from_pretrained({base_model!r}, dtype=torch.{dtype}{quantized}).to("{device}")
+pipe.load_lora_weights({out!r}, weight_name="{lora}", adapter_name="scfm")
+pipe.set_adapters("scfm", {scale})
+pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+    pipe.scheduler.config, use_dynamic_shifting=False, shift={shift})
+image = pipe("PROMPT", num_inference_steps={student_steps}, guidance_scale={guidance},
+             max_sequence_length={max_sequence_length},
+             height={resolution}, width={resolution}).images[0]
+```
+
+With a second LoRA, name both: `pipe.set_adapters(["scfm", "other"], [{scale}, 1.0])`. Loading the
+second one alone switches this one off. To fuse, call `pipe.fuse_lora()` after `set_adapters`, and
+without `lora_scale`, which would apply the scale twice.
+
+## ComfyUI
+
+Put `{lora}` into `models/loras`.
+
+{comfyui}
+
+The exact times, for the node ManualSigmas: `{times}`. {no_node}
+
+Not suited: {unsuited}.
+
+## Scale and times for each number of steps
+
+{strengths}
+
+RMSE of latents / PSNR of images (dB) to {fine} steps of the teacher, {noises} noises, held-out
+prompts. Two seeds of the teacher are {seed_to_seed:.3f} apart. Scaled: by the last row.
+
+{table}
+
+## How it was made
+
+Saved: the {weights}, after {iterations} iterations. {verdict} In a fresh diffusers pipeline the
+file gives the latents of training, relative difference {self_check:.1g}.
+
+## Cost
+
+{took}
+
+Settings: {list}.
+"""
+
+INT8 = """from diffusers import PipelineQuantizationConfig, TorchAoConfig
+from torchao.quantization import Int8WeightOnlyConfig
+
+int8 = PipelineQuantizationConfig(
+    quant_mapping={"transformer": TorchAoConfig(Int8WeightOnlyConfig())})"""
+
+FADES = 0.003  # relative change of weights below which bfloat16 rounds much of it away
+
+
+def card(results: dict, out: Path, family: type, machine: Machine) -> str:
+    """The model card."""
+    adapter = results["adapter"]
+    settings = adapter["settings"]
+    N = adapter["student_steps"]
+    shift = adapter["shift"]
+    dtype = precision = str(machine.dtype).removeprefix("torch.")
+    int8 = settings["quantize"] == "int8"
+    if int8:
+        precision = f"int8 (the weights of its transformer, by torchao) and {dtype}"
+    low, high = settings["shift_range"]
+    no_node = ""
+    if low <= family.comfyui_shift <= high:
+        no_node = f"""Without a model sampling node ComfyUI samples at a shift of
+{family.comfyui_shift:.3f}, which lies in the range that this student was trained on, {low:g} to
+{high:g}."""
+    verdict = f"On the validation prompts, at scale 1: {adapter['note']}."
+    missing = adapter["uncalibrated"]
+    alarming = "WARNING" in verdict or missing
+    rows = ["| steps | scale, or strength | times for ManualSigmas |", "| --- | --- | --- |"]
+    for n, scale in adapter["scales"].items():
+        scale = "none found" if n in missing else scale
+        rows.append(f"| {n} | {scale} | `{times(n, shift)}` |")
+    return CARD.format(
+        **results
+        | adapter
+        | {
+            "head": card_head(adapter["base_model"], family),
+            "title": code(adapter["base_model"]),
+            "pipeline": family.pipeline.__name__,
+            "alarm": f"\n> Warning. {verdict}\n" if alarming else "",
+            "verdict": "" if alarming else verdict,
+            "precision": precision,
+            "int8": INT8 if int8 else "",
+            "quantized": ", quantization_config=int8" if int8 else "",
+            "layers": family.tools[settings["layers"]],
+            "scale": adapter["scales"][N],
+            "comfyui": family.comfyui.format(scale=adapter["scales"][N], **adapter),
+            "unsuited": family.unsuited,
+            "times": times(N, shift),
+            "no_node": no_node,
+            "strengths": "\n".join(rows),
+            "table": markdown(results),
+            "took": took(results),
+            "lora": LORA,
+            "fine": results["teacher_steps"],
+            "list": ", ".join(f"{name}: {code(value)}" for name, value in settings.items()),
+            "dtype": dtype,
+            "device": machine.device,
+            "out": out.resolve().name,
+        }
+    )
+
+
+def took(results: dict) -> str:
+    """Seconds and memory of each phase, on what machine, and what was checked there."""
+    rows = ["| phase | time | peak GPU memory |", "| --- | --- | --- |"]
+    for name, phase in results["phases"].items():
+        memory = f"{phase['peak_gib']:.1f} GiB" if phase["peak_gib"] else ""
+        rows.append(f"| {name} | {duration(phase['seconds'])} | {memory} |")
+    machine = dict(results["machine"])
+    versions = ", ".join(f"{name} {number}" for name, number in machine.items() if name != "device")
+    words = [f"On {machine['device']} with {versions}."]
+    checks = results["adapter"]["checks"]
+    if checks:
+        names = {
+            "gradient": "the gradient against PyTorch's plain attention",
+            "teacher": "the teacher's velocity against float32",
+            "student": "the student's against float32",
+            "pipeline": "our sampler against the stock pipeline",
+        }
+        found = ", ".join(f"{names[name]} {value:.1g}" for name, value in checks.items())
+        words.append(f"Relative differences before the first iteration: {found}.")
+    change = results["adapter"]["relative_change"]
+    words.append(f"The median change of a layer's weights is {change:.2%} of their norm.")
+    if change < FADES:
+        words.append(
+            "Merged into bfloat16 weights much of that is lost to rounding: load the file"
+            " as a LoRA instead."
+        )
+    return "\n".join([*rows, "", *words])
+
+
+def card_head(base_model: str, family: type) -> str:
+    """The card's YAML; the Hub takes a name of its own as base model, and refuses a folder's."""
+    relation = {"base_model": base_model, "base_model_relation": "adapter"}
+    data = ModelCardData(
+        **(relation if "/" in base_model else {}),
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        license="other",
+        license_name=family.licence(base_model),
+        tags=[*family.tags, "lora", "few-step", "distillation"],
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def times(steps: int, shift: float) -> str:
+    """Times of a sampler with six significant digits, and without the e of small ones."""
+    digits = partial(np.format_float_positional, precision=6, fractional=False, trim="-")
+    return ", ".join(map(digits, sc.time_grid(steps, shift).tolist()))
+
+
+def code(value) -> str:
+    """A value as code in Markdown, whatever characters it holds."""
+    text = " ".join(str(value).split())
+    text = text.encode("utf-8", "replace").decode()  # names of files need not be UTF-8
+    fence = "`"
+    while fence in text:
+        fence += "`"
+    space = " " if "`" in text else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+# ---------------------------------------------------------------------- processes, device and costs
+
+
+class Machine:
+    """The device of this process, and the other processes of the run."""
+
+    def __init__(self):
+        gpu = torch.cuda.is_available()
+        patience = timedelta(days=1)  # of those that wait while one validates
+        state = PartialState(cpu=not gpu, timeout=patience)
+        self.device = "cuda" if gpu else "cpu"
+        self.dtype = torch.bfloat16 if gpu else torch.float32
+        self.process = state.process_index
+        self.processes = state.num_processes
+        self.lead = state.is_main_process  # the one that validates and writes
+
+    def add_up(self, *tensors: Tensor) -> None:
+        """Sum each tensor over all processes, in place; a barrier."""
+        if self.processes == 1:
+            return
+        with self.name_lost_process():
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor)
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process; a barrier."""
+        flags = torch.tensor([int(flag)], device=self.device)
+        self.add_up(flags)
+        return flags.item() > 0
+
+    def wait(self) -> None:
+        """A barrier: no process continues until all have arrived."""
+        self.any(False)
+
+    def collect(self, items: list) -> list:
+        """The items of all processes."""
+        if self.processes == 1:
+            return items
+        with self.name_lost_process():
+            return gather_object(items)
+
+    @contextmanager
+    def name_lost_process(self):
+        try:
+            yield
+        except RuntimeError as error:
+            # Printed at once: torchrun is about to end this process, too.
+            print(
+                f"flux_distill.py: process {self.process} lost another one"
+                f" ({type(error).__name__}); the same command resumes from the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+            raise SystemExit(1) from None
+
+    def progress(self, items, text: str, **options):
+        """A progress bar over the items, shown by one process."""
+        quiet = {} if self.lead else {"disable": True}
+        return tqdm(items, text, **options | quiet)
+
+    def memory(self) -> float:
+        """Total memory in bytes of this GPU, or of the machine without one; inf if unknown."""
+        if self.device == "cuda":
+            return torch.cuda.get_device_properties("cuda").total_memory
+        try:
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, ValueError, OSError):  # Windows
+            return math.inf
+
+    def peak_memory(self) -> float | None:
+        """Peak GPU memory in GiB since the phase began; None without a GPU."""
+        return torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else None
+
+    def describe(self) -> dict[str, str]:
+        name = torch.cuda.get_device_name() if self.device == "cuda" else "CPU"
+        if self.processes > 1:
+            name = f"{self.processes} x {name}"
+        packages = ("torch", "diffusers", "transformers")
+        return {"device": name} | {package: version(package) for package in packages}
 
 
 class Costs:
@@ -2512,11 +2722,53 @@ class Costs:
             write_text(self.path, json.dumps(self.phases, indent=1) + "\n")
 
 
-def duration(seconds: float) -> str:
-    """In words: 45 s, 12 min, 3.4 h."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+def check_memory(settings: Settings, model: Model) -> None:
+    """Estimate what training takes, before anything is loaded."""
+    machine = model.machine
+    with torch.device("meta"):
+        net = model.family.transformer.from_config(model.config)
+    parameters = sum(p.numel() for p in net.parameters())
+    if parameters > 1e9 and machine.device == "cpu":
+        die(
+            f"--model {model.name} has {parameters / 1e9:.0f} billion parameters and PyTorch sees"
+            f" no GPU: use one with {model.family.gpu} (if nvidia-smi shows one, its driver is"
+            " older than 580: pip install 'torch<2.11'), or try --model tests/tiny_flux here"
+        )
+    bytes_each = machine.dtype.itemsize
+    blocks = len(model.family.blocks(net))
+    every = settings.recompute_every
+    recomputed = math.ceil(blocks / every) if every else 0
+
+    base = parameters * (1 if settings.quantize else bytes_each)
+    if settings.quantize:  # torchao computes with copies, which autograd keeps in other blocks
+        base += parameters * bytes_each * (blocks - recomputed) / blocks
+    # Activations kept, as multiples of a block's input: 1 for each block that is recomputed, about
+    # 28 for any other, and 45 while one is recomputed.
+    kept = recomputed + 28 * (blocks - recomputed) + 45 * (recomputed > 0)
+    latent_shape = model.latent_shape(settings.resolution)
+    of_row = model.family.activations(net, latent_shape, settings.text_tokens)
+    activations = bytes_each * settings.batch * of_row * kept
+    layers = model.family.lora_layers(net, settings.layers)
+    lora = settings.rank * sum(sum(net.get_submodule(name).weight.shape) for name in layers)
+    # In float32: student, gradient, two moments, EMAs.
+    vectors = 4 + len(method_of(settings).decays)
+    need = base + activations + lora * (4 * vectors + 2 * bytes_each)
+    have = machine.memory()
+    if need > have:
+        die(f"training needs about {need / 2**30:.0f} GiB of {have / 2**30:.0f} GiB; {LESS_MEMORY}")
+
+
+def check_disk(run: Run, state: TrainState) -> None:
+    """Ends if checkpoints don't fit on the disk; the old one stays until the new one is whole."""
+    vectors = len(state.weights) + len(MOMENTS)
+    files = 1 if run.state.exists() else 2
+    need = 4e-9 * state.student.numel() * (vectors + 1) * files
+    free = shutil.disk_usage(run.out).free / 1e9
+    if free < need:
+        die(
+            f"checkpoints need {need:.1f} GB and --out {run.out} has {free:.1f}: free some space,"
+            " give --out on another disk, or a smaller --rank"
+        )
 
 
 def forecast(
@@ -2528,67 +2780,73 @@ def forecast(
     call = validation.seconds  # one network call, on all validation rows
     validate = call * (N + every_n)  # a sampling, and a velocity at each step for lam*
     calibrate = call * 11 * (every_n + N)  # ten samplings and lam*; at N for two sets of weights
-    compare = call * (settings.teacher_steps + 3 * every_n) * validation.rows
+    compare = call * (settings.teacher_steps + 3 * every_n) * validation.compared
     left = range(iteration + 1, settings.iterations + 1)
     due = [i for i in left if i % settings.validate_every == 0 or i == settings.iterations]
     # The first lam* also follows the teacher's path, 16 calls a step.
     training = len(left) * seconds + len(due) * validate + call * 16 * every_n
     end = datetime.now() + timedelta(seconds=training)
     validations = f"{counted(due, 'validation')} of {duration(validate)}"
-    words = (f"{seconds:.3g} s per iteration; training takes {duration(training)} more, until"
-             f" {end:%a %H:%M}, with {validations}; calibration then takes about"
-             f" {duration(calibrate)} and comparison {duration(compare)}")  # fmt: skip
+    words = (
+        f"{seconds:.3g} s per iteration; training takes {duration(training)} more, until"
+        f" {end:%a %H:%M}, with {validations}; calibration then takes about"
+        f" {duration(calibrate)} and comparison {duration(compare)}"
+    )
     if machine.device != "cuda":
         return words
     peak = machine.peak_memory()
     card = machine.memory() / 2**30
     words += f"; peak memory {peak:.1f} of {card:.1f} GiB"
     if peak > 0.95 * card:
-        words += f". ALARM: that is nearly all, and may not last; {LESS_MEMORY}"
+        words += f". WARNING: that is nearly all, and may not last; {LESS_MEMORY}"
     return words
 
 
-def check_disk(run: Run, state: TrainState) -> None:
-    """Ends if checkpoints don't fit on the disk; the old one stays until the new one is whole."""
-    vectors = len(state.weights) + len(MOMENTS)
-    files = 1 if run.state.exists() else 2
-    need = 4e-9 * state.student.numel() * (vectors + 1) * files
-    free = shutil.disk_usage(run.out).free / 1e9
-    if free < need:
-        die(f"checkpoints need {need:.1f} GB and --out {run.out} has {free:.1f}: free some space,"
-            " give --out on another disk, or a smaller --rank")  # fmt: skip
+# ------------------------------------------------------------------------------------- stop signals
+
+
+@contextmanager
+def on_stop(handler):
+    """Let stop signals call this. Those that are ignored stay so, as under nohup.
+
+    In a thread that is not the main one, signals are left alone.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows lacks the last
+    kinds = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {kind: signal.getsignal(kind) for kind in kinds}
+    before = {kind: old for kind, old in before.items() if old not in (signal.SIG_IGN, None)}
+    for kind in before:
+        signal.signal(kind, handler)
+    try:
+        yield
+    finally:
+        for kind, old in before.items():
+            signal.signal(kind, old)
+
+
+def stop_now(*_):
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def interruptible():
+    """A list that a stop signal fills, instead of ending the process during an iteration."""
+    asked = []
+
+    def ask(*_):
+        asked.append(True)
+        os.write(2, b"\nstopping after this iteration\n")  # safe during any other writing
+
+    with on_stop(ask):
+        yield asked
 
 
 # -------------------------------------------------------------------------------------------- files
 
 MADE_BY = {"made_by": "flux_distill.py"}  # in each safetensors file that this program writes
-
-
-@contextmanager
-def explain(sentence: str, *kinds: type[Exception]):
-    """End with a sentence, not a traceback, on these errors; out of memory is main's to explain."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except kinds as error:
-        die(f"{sentence} ({type(error).__name__})")
-
-
-def in_words(error: OSError, out: Path) -> str:
-    """What the system refused, and the way out."""
-    full = [getattr(errno, name) for name in ("ENOSPC", "EDQUOT") if hasattr(errno, name)]
-    if error.errno in full:
-        return f"the disk of --out {out} is full: free some space, and the same command resumes"
-    file = error.filename or f"--out {out}"
-    if error.errno == errno.EFBIG:
-        return (f"{file} would exceed the size limit for files: raise it (ulimit -f), or give --out"
-                " on another disk")  # fmt: skip
-    if isinstance(error, PermissionError):
-        return (f"you are not allowed to read or write {file}: correct its permissions, then the"
-                " same command resumes")  # fmt: skip
-    reason = str(error.strerror or error) or type(error).__name__
-    return f"{file}: {reason.splitlines()[0]}. Once that is fixed, the same command resumes"
 
 
 @contextmanager
@@ -2658,8 +2916,10 @@ def read_metadata(path: Path) -> dict:
     if texts is None:
         return {}
     if not MADE_BY.items() <= texts.items():
-        die(f"{path} was not written by this program and is left alone: move it, or give another"
-            " --out")  # fmt: skip
+        die(
+            f"{path} was not written by this program and is left alone: move it, or give another"
+            " --out"
+        )
     try:
         with safe_open(path, "pt"):  # the tensors fit the header
             names = texts.keys() - MADE_BY.keys() - {"format"}
@@ -2681,13 +2941,15 @@ def refuse_others(out: Path) -> None:
     others = [out / name for name in OUTPUTS if (out / name).exists()]
     ours = (*known, *out.glob("cache/*.safetensors"))
     if others and not any(map(is_ours, ours)):
-        die(f"{others[0]} is not from a run of this program and is left alone: move it, or give"
-            " another --out")  # fmt: skip
+        die(
+            f"{others[0]} is not from a run of this program and is left alone: move it, or give"
+            " another --out"
+        )
 
 
 @contextmanager
 def alone(out: Path, machine: Machine):
-    """Keep other runs out of --out, and remove what killed ones left half written.
+    """Keep other runs out of --out, and remove partial files of killed ones.
 
     The system releases the lock with the process, however that ends. Several processes of one run
     share the lead's. Without fcntl (Windows), or on a disk without locks, there is none.
@@ -2697,7 +2959,9 @@ def alone(out: Path, machine: Machine):
         if machine.lead and fcntl:
             try:
                 path = out / ".lock"
-                with suppress(PermissionError):  # another user's will do: a lock needs no writing
+                with suppress(
+                    PermissionError
+                ):  # a lock file of another user will do: locking needs no write access
                     path.touch()
                 file = stack.enter_context(open(path))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2723,186 +2987,96 @@ def remove_parts(out: Path) -> None:
                 path.unlink()
 
 
-# --------------------------------------------------------------------------- the table and the card
+@contextmanager
+def explain(sentence: str, *kinds: type[Exception]):
+    """End with a sentence, not a traceback, on these errors; out of memory is main's to explain."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except kinds as error:
+        die(f"{sentence} ({type(error).__name__})")
 
 
-def markdown(results: dict) -> str:
-    """The table: RMSE of latents / PSNR of images."""
-    cells = {(row["sampler"], row["steps"]): row for row in results["table"]}
-    names, steps = (list(dict.fromkeys(column)) for column in zip(*cells))
-    lines = [["Euler steps", *map(str, steps)], ["---"] * (1 + len(steps))]
-    for name in names:
-        row = [cells[name, n] for n in steps]
-        lines.append([name, *(f"{cell['rmse']:.3f} / {cell['psnr']:.1f}" for cell in row)])
-    missing = results["adapter"]["uncalibrated"]
-    scales = ["none found" if cell["steps"] in missing else f"{cell['scale']:.2f}" for cell in row]
-    lines.append(["its scale", *scales])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def in_words(error: OSError, out: Path) -> str:
+    """What the system refused, and the way out."""
+    full = [getattr(errno, name) for name in ("ENOSPC", "EDQUOT") if hasattr(errno, name)]
+    if error.errno in full:
+        return f"the disk of --out {out} is full: free some space, and the same command resumes"
+    file = error.filename or f"--out {out}"
+    if error.errno == errno.EFBIG:
+        return (
+            f"{file} would exceed the size limit for files: raise it (ulimit -f), or give --out"
+            " on another disk"
+        )
+    if isinstance(error, PermissionError):
+        return (
+            f"you are not allowed to read or write {file}: correct its permissions, then the"
+            " same command resumes"
+        )
+    reason = str(error.strerror or error) or type(error).__name__
+    return f"{file}: {reason.splitlines()[0]}. Once that is fixed, the same command resumes"
 
 
-CARD = """{head}
-# {title} in {student_steps} steps
-
-A LoRA of rank {rank}, made by SCFM ([arXiv 2510.17858](https://arxiv.org/abs/2510.17858)). As an
-adapter of {title} it inherits that model's licence.
-{alarm}
-It was made on the base model in {precision}: use the same precision. {layers}
-
-![Teacher in {student_steps} steps, student in {student_steps}, teacher in {fine}](comparison.png)
-
-*Same noise in each column; prompts that were not trained on, not selected.*
-
-## diffusers
-
-```python
-import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, {pipeline}
-{int8}
-pipe = {pipeline}.from_pretrained({base_model!r}, dtype=torch.{dtype}{quantized}).to("{device}")
-pipe.load_lora_weights({out!r}, weight_name="{lora}", adapter_name="scfm")
-pipe.set_adapters("scfm", {scale})
-pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
-    pipe.scheduler.config, use_dynamic_shifting=False, shift={shift})
-image = pipe("PROMPT", num_inference_steps={student_steps}, guidance_scale={guidance},
-             max_sequence_length={max_sequence_length},
-             height={resolution}, width={resolution}).images[0]
-```
-
-With a second LoRA, name both: `pipe.set_adapters(["scfm", "other"], [{scale}, 1.0])`. Loading the
-second one alone switches this one off. To fuse, call `pipe.fuse_lora()` after `set_adapters`, and
-without `lora_scale`, which would apply the scale twice.
-
-## ComfyUI
-
-Put `{lora}` into `models/loras`.
-
-{comfyui}
-
-The exact times, for the node ManualSigmas: `{times}`. {no_node}
-
-Not suited: {unsuited}.
-
-## Scale and times for each number of steps
-
-{strengths}
-
-RMSE of latents / PSNR of images (dB) to {fine} steps of the teacher, {noises} noises, held-out
-prompts. Two seeds of the teacher are {seed_to_seed:.3f} apart. Scaled: by the last row.
-
-{table}
-
-## How it was made
-
-Saved: the {weights}, after {iterations} iterations. {verdict} In a fresh diffusers pipeline the
-file gives the latents of training, relative difference {self_check:.1g}.
-
-## What it took
-
-{took}
-
-Settings: {list}.
-"""
-INT8 = """from diffusers import PipelineQuantizationConfig, TorchAoConfig
-from torchao.quantization import Int8WeightOnlyConfig
-
-int8 = PipelineQuantizationConfig(
-    quant_mapping={"transformer": TorchAoConfig(Int8WeightOnlyConfig())})"""
-FADES = 0.003  # relative change of weights below which bfloat16 rounds much of it away
+# ------------------------------------------------------------------------------------ small helpers
 
 
-def card(results: dict, out: Path, family: type, machine: Machine) -> str:
-    """The model card."""
-    adapter = results["adapter"]
-    settings = adapter["settings"]
-    N = adapter["student_steps"]
-    shift = adapter["shift"]
-    dtype = precision = str(machine.dtype).removeprefix("torch.")
-    int8 = settings["quantize"] == "int8"
-    if int8:
-        precision = f"int8 (the weights of its transformer, by torchao) and {dtype}"
-    low, high = settings["shift_range"]
-    no_node = ""
-    if low <= family.comfyui_shift <= high:
-        no_node = f"""Without a model sampling node ComfyUI samples at a shift of
-{family.comfyui_shift:.3f}, which lies in the range that this student was trained on, {low:g} to
-{high:g}."""
-    verdict = f"On the validation prompts, at scale 1: {adapter['note']}."
-    missing = adapter["uncalibrated"]
-    alarming = "ALARM" in verdict or missing
-    rows = ["| steps | scale, or strength | times for ManualSigmas |", "| --- | --- | --- |"]
-    for n, scale in adapter["scales"].items():
-        scale = "none found" if n in missing else scale
-        rows.append(f"| {n} | {scale} | `{times(n, shift)}` |")
-    return CARD.format(**results | adapter | {
-        "head": card_head(adapter["base_model"], family), "title": code(adapter["base_model"]),
-        "pipeline": family.pipeline.__name__,
-        "alarm": f"\n> Warning. {verdict}\n" if alarming else "",
-        "verdict": "" if alarming else verdict,
-        "precision": precision,
-        "int8": INT8 if int8 else "", "quantized": ", quantization_config=int8" if int8 else "",
-        "layers": family.tools[settings["layers"]], "scale": adapter["scales"][N],
-        "comfyui": family.comfyui.format(scale=adapter["scales"][N], **adapter),
-        "unsuited": family.unsuited,
-        "times": times(N, shift), "no_node": no_node,
-        "strengths": "\n".join(rows), "table": markdown(results), "took": took(results),
-        "lora": LORA, "fine": results["teacher_steps"],
-        "list": ", ".join(f"{name}: {code(value)}" for name, value in settings.items()),
-        "dtype": dtype, "device": machine.device, "out": out.resolve().name,
-    })  # fmt: skip
+def digest(value) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def took(results: dict) -> str:
-    """Seconds and memory of each phase, on what machine, and what was checked there."""
-    rows = ["| phase | time | peak GPU memory |", "| --- | --- | --- |"]
-    for name, phase in results["phases"].items():
-        memory = f"{phase['peak_gib']:.1f} GiB" if phase["peak_gib"] else ""
-        rows.append(f"| {name} | {duration(phase['seconds'])} | {memory} |")
-    machine = dict(results["machine"])
-    versions = ", ".join(f"{name} {number}" for name, number in machine.items() if name != "device")
-    words = [f"On {machine['device']} with {versions}."]
-    checks = results["adapter"]["checks"]
-    if checks:
-        names = {"gradient": "the gradient against PyTorch's plain attention",
-                 "teacher": "the teacher's velocity against float32",
-                 "student": "the student's against float32",
-                 "pipeline": "our sampler against the stock pipeline"}  # fmt: skip
-        found = ", ".join(f"{names[name]} {value:.1g}" for name, value in checks.items())
-        words.append(f"Relative differences before the first iteration: {found}.")
-    change = results["adapter"]["relative_change"]
-    words.append(f"The median change of a layer's weights is {change:.2%} of their norm.")
-    if change < FADES:
-        words.append("Merged into bfloat16 weights much of that is lost to rounding: load the file"
-                     " as a LoRA instead.")  # fmt: skip
-    return "\n".join([*rows, "", *words])
+def keyed(*key) -> torch.Generator:
+    """A generator for each key: no draw depends on what was drawn before, or on which machine."""
+    return torch.Generator().manual_seed(int(digest(key)[:15], 16))
 
 
-def card_head(base_model: str, family: type) -> str:
-    """The card's YAML; the Hub takes a name of its own as base model, and refuses a folder's."""
-    relation = {"base_model": base_model, "base_model_relation": "adapter"}
-    data = ModelCardData(
-        **(relation if "/" in base_model else {}),
-        library_name="diffusers", pipeline_tag="text-to-image", license="other",
-        license_name=family.licence(base_model),
-        tags=[*family.tags, "lora", "few-step", "distillation"],
-    )  # fmt: skip
-    return f"---\n{data.to_yaml()}\n---"
+def stacked(entries: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
 
 
-def times(steps: int, shift: float) -> str:
-    """Times of a sampler with six significant digits, and without the e of small ones."""
-    digits = partial(np.format_float_positional, precision=6, fractional=False, trim="-")
-    return ", ".join(map(digits, sc.time_grid(steps, shift).tolist()))
+def in_batches(size: int, call: Callable[..., Tensor], *tensors: Tensor, **cond: Tensor) -> Tensor:
+    """call(*tensors, **cond) on at most `size` rows at a time."""
+    rows = len(tensors[0])
+    if rows <= size:
+        return call(*tensors, **cond)
+    parts = []
+    for start in range(0, rows, size):
+        part = slice(start, start + size)
+        of_part = {name: value[part] for name, value in cond.items()}
+        parts.append(call(*(x[part] for x in tensors), **of_part))
+    return torch.cat(parts)
 
 
-def code(value) -> str:
-    """A value as code in Markdown, whatever characters it holds."""
-    text = " ".join(str(value).split())
-    text = text.encode("utf-8", "replace").decode()  # names of files need not be UTF-8
-    fence = "`"
-    while fence in text:
-        fence += "`"
-    space = " " if "`" in text else ""
-    return f"{fence}{space}{text}{space}{fence}"
+def rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def tidy(text: str) -> str:
+    return " ".join(text.split())
+
+
+def counted(things: Sized | int, noun: str) -> str:
+    number = things if isinstance(things, int) else len(things)
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def some(names: list[str], separator: str = ", ", most: int = 20) -> str:
+    """The first names, and how many more there are."""
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return separator.join([*names[:most], *more])
+
+
+def listed(numbers) -> str:
+    """2, 3 or 4"""
+    *others, last = map(str, sorted(numbers))
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def duration(seconds: float) -> str:
+    """In words: 45 s, 12 min, 3.4 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 if __name__ == "__main__":

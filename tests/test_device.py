@@ -275,7 +275,7 @@ def test_a_card_that_is_nearly_full_is_told(peak, alarm):
     machine = SimpleNamespace(device="cuda", peak_memory=lambda: peak, memory=lambda: 80 * 2**30)
     words = fd.forecast(THIRTEEN, machine, validation_of(seconds=1.0), 3, seconds=60.0)
     assert f"peak memory {peak} of 80.0 GiB" in words
-    assert ("ALARM" in words) == alarm
+    assert ("WARNING" in words) == alarm
     assert ("--recompute-every 1" in words) == alarm
 
 

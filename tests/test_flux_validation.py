@@ -128,14 +128,14 @@ def test_a_good_student_gives_no_alarm():
 @pytest.mark.parametrize("lam", [1.0, 0.1])  # lam* of rounding noise can be anything
 def test_a_student_that_is_still_the_teacher_is_inert(lam):
     words = fd.verdict(SETTINGS, GOOD | {"rmse": 0.3, "lam_3": lam})
-    assert words.startswith("ALARM, inert student: in 3 steps")
+    assert words.startswith("WARNING, inert student: in 3 steps")
     assert words.endswith("train longer or with a higher --learning-rate")
 
 
 @pytest.mark.parametrize("change", [{"rmse": 0.5, "lam_3": 0.3}, {"lam_3": 0.7}])
 def test_a_small_lam_is_an_overshot_student(change):
     words = fd.verdict(SETTINGS, GOOD | change)
-    assert words.startswith(f"ALARM, overshot: lam* is {change['lam_3']:.2f}; ")
+    assert words.startswith(f"WARNING, overshot: lam* is {change['lam_3']:.2f}; ")
     assert words.endswith("use its scale, or train shorter")
     without = fd.verdict(SETTINGS, GOOD | change, has_scale=False)
     assert without.endswith("0.300; train shorter")
@@ -143,5 +143,7 @@ def test_a_small_lam_is_an_overshot_student(change):
 
 def test_a_student_that_is_not_finite_has_diverged():
     words = fd.verdict(SETTINGS, GOOD | {"rmse": math.nan})
-    assert words.startswith("ALARM, diverged student: in 3 steps its latents hold NaN or infinity")
+    assert words.startswith(
+        "WARNING, diverged student: in 3 steps its latents hold NaN or infinity"
+    )
     assert words.endswith("distil with a lower --learning-rate in another --out")

@@ -25,7 +25,7 @@ def said_of(**change) -> str:
 @pytest.mark.parametrize("lam", [0.5, math.nan, -1e-11])
 def test_a_student_that_is_not_finite_is_diverged(rmse, lam):
     said = said_of(rmse=rmse, lam_3=lam)
-    assert said.startswith("ALARM, diverged student: in 3 steps its latents hold NaN or infinity")
+    assert said.startswith("WARNING, diverged student: in 3 steps its latents hold NaN or infinity")
     assert said.endswith("; distil with a lower --learning-rate in another --out")
     assert "train longer" not in said
 
@@ -40,7 +40,7 @@ def test_a_student_that_is_not_finite_is_diverged(rmse, lam):
     ],
 )
 def test_a_student_that_is_far_off_is_diverged_unless_a_scale_mends_it(rmse, lam, said):
-    assert said_of(rmse=rmse, lam_3=lam).startswith(f"ALARM, {said}")
+    assert said_of(rmse=rmse, lam_3=lam).startswith(f"WARNING, {said}")
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_a_student_that_is_far_off_is_diverged_unless_a_scale_mends_it(rmse, lam
 )
 def test_a_teacher_at_no_distance_from_itself_still_gets_a_verdict(rmse, lam, said):
     """Its ratio to the student's distance would be a division by zero."""
-    assert said_of(rmse=rmse, lam_3=lam, teacher_rmse=0.0).startswith(f"ALARM, {said}")
+    assert said_of(rmse=rmse, lam_3=lam, teacher_rmse=0.0).startswith(f"WARNING, {said}")
 
 
 @pytest.mark.parametrize("rate", [10, 1])
@@ -60,7 +60,7 @@ def test_training_that_diverges_ends_at_the_first_validation_and_says_so_again(t
             run(out, "--learning-rate", rate, "--checkpoint-every", 1)
         said = str(stopped.value)
         assert "\n" not in said
-        assert "stopped at iteration 2: ALARM, diverged student" in said
+        assert "stopped at iteration 2: WARNING, diverged student" in said
         assert said.endswith("; distil with a lower --learning-rate in another --out")
         # Saved before its validation, with which the same command begins.
         assert len(fd.read_metadata(out / fd.STATE)["rows"]) == 2
@@ -82,7 +82,7 @@ def test_nothing_is_saved_where_student_and_ema_diverged(tmp_path, factor):
     out = setup.run.out
     spoil(setup.run.state, "student", "slow", factor=factor)
     for _ in range(2):
-        says("nothing is saved: ALARM, diverged student.*lower --learning-rate", "--out", out)
+        says("nothing is saved: WARNING, diverged student.*lower --learning-rate", "--out", out)
         assert not RESULTS & content(out).keys()
 
 
@@ -185,7 +185,7 @@ def test_an_inert_student_gets_no_scale(tmp_path, capsys, rate):
     assert adapter["uncalibrated"] == [2, 3]
     card, printed = (out / "README.md").read_text(), capsys.readouterr().out
     for said in (adapter["note"], card, printed):
-        assert "ALARM, inert student" in said
+        assert "WARNING, inert student" in said
         assert "For 2 or 3 steps no scale from 0.05 to 8 was best: 1 stands in its place" in said
     for said in (card, printed):
         assert said.count("| its scale | none found | none found |") == 1
