@@ -760,6 +760,14 @@ REFUSALS = (  # the first that fits an error on the way to a model
 )
 
 
+def refusal_of(error: Exception) -> str:
+    """Why there is no such model; {0} stands for its name."""
+    status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
+    # The Hub's library reports a token without access as a file that can't be found.
+    kind = hub.GatedRepoError if status in (401, 403) else type(error)
+    return next(words for kinds, words in REFUSALS if issubclass(kind, kinds))
+
+
 class Model:
     """The teacher's pipeline: checked on creation, downloaded and loaded on request.
 
@@ -772,31 +780,32 @@ class Model:
         self.quantize = quantize
         self.loaded = None  # the side in memory
         self.pipe = None
-        is_folder = Path(name).is_dir()
-        self.base_model = Path(os.path.abspath(name)).name if is_folder else name
-        self.folder = Path(name) if is_folder else None
-        get = self.folder.joinpath if is_folder else partial(hf_hub_download, name)
-        files = ("model_index.json", "transformer/config.json", "vae/config.json")
+        if Path(name).is_dir():
+            self.folder = Path(name)
+            self.base_model = Path(os.path.abspath(name)).name
+        else:
+            self.folder = None  # where it is downloaded to
+            self.base_model = name
         try:
-            index, self.config, self.vae_config = (
-                json.loads(Path(get(file)).read_text()) for file in files
-            )
-            kind = index["_class_name"]
-            self.family = FAMILIES.get(kind)
+            class_name = self.read_json("model_index.json")["_class_name"]
+            self.config = self.read_json("transformer/config.json")
+            self.vae_config = self.read_json("vae/config.json")
         except Exception as error:
-            status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
-            # The Hub's library reports a token without access as a file that can't be found.
-            kind_of_error = hub.GatedRepoError if status in (401, 403) else type(error)
-            words = next(words for kinds, words in REFUSALS if issubclass(kind_of_error, kinds))
-            die(f"--model {name} {words.format(name)}")
-        if self.family is None:
-            known = " or ".join(
+            die(f"--model {name} {refusal_of(error).format(name)}")
+        if class_name not in FAMILIES:
+            known = [
                 f"a {kind} ({family.name}, its fine-tunes)" for kind, family in FAMILIES.items()
-            )
-            die(f"--model {name} is a {kind}: this distils {known}")
+            ]
+            die(f"--model {name} is a {class_name}: this distils {' or '.join(known)}")
+        self.family = FAMILIES[class_name]
         refusal = self.family.refusal(self.config)
         if refusal:
             die(f"--model {name} {refusal}")
+
+    def read_json(self, file: str) -> dict:
+        """A config, from the folder or the Hub."""
+        path = self.folder / file if self.folder else hf_hub_download(self.name, file)
+        return json.loads(Path(path).read_text())
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents of a square image."""
@@ -832,7 +841,8 @@ class Model:
         return self.pipe
 
     def unload(self) -> None:
-        self.loaded, self.pipe = None, None
+        self.loaded = None
+        self.pipe = None
         free_memory()
 
     def read(self, side: str) -> DiffusionPipeline:
@@ -1106,7 +1116,9 @@ def list_images(folder: Path) -> tuple[list[tuple[Path, str]], list[str], list[s
     files = [path for path in visible if not path.is_dir()]
     images = [path for path in files if path.suffix.lower() in kinds]
     captions = {path.stem: path for path in files if path.suffix.lower() == ".txt"}
-    pairs, skipped, with_options = [], [], []
+    pairs = []
+    skipped = []
+    with_options = []
     for path in images:
         try:
             caption = read_caption(captions.get(path.stem, path.with_suffix(".txt")))
@@ -1317,7 +1329,9 @@ def fill_cache(settings: Settings, cache: Cache) -> None:
 
     A batch always consists of the same entries: its rounding depends on all of them.
     """
-    model, data, machine = cache.model, cache.data, cache.machine
+    model = cache.model
+    data = cache.data
+    machine = cache.machine
     family = model.family
 
     def encode_images(places: range) -> list[dict[str, Tensor]]:
@@ -1539,7 +1553,9 @@ class LoRA:
         self.use(weights)
         ratios = []
         for layer in self.layers.values():
-            A, B, W = layer.A.float(), layer.B.float(), layer.base.weight.dequantize().float()
+            A = layer.A.float()
+            B = layer.B.float()
+            W = layer.base.weight.dequantize().float()
             change = ((A @ A.T) * (B.T @ B)).sum().sqrt()  # |B A|, without the large matrix
             ratios.append((scale * change / W.norm()).item())
         return float(np.median(ratios))
@@ -1673,7 +1689,9 @@ class TrainState:
         saved = load_file(path)
         for name, weights in self.weights.items():
             weights.copy_(saved[name])
-        self.rows, self.done, self.checks = (metadata[name] for name in ("rows", "done", "checks"))
+        self.rows = metadata["rows"]
+        self.done = metadata["done"]
+        self.checks = metadata["checks"]
         # A copy: otherwise they would be the file itself, mapped into memory.
         moments = {name: saved[name].to(self.student.device, copy=True) for name in MOMENTS}
         steps = torch.tensor(float(self.iteration))
@@ -1762,8 +1780,9 @@ def draw_batch(
     counts = torch.tensor([float(len(pairs)) for pairs in pool.values()])
     pairs = pool[shapes[torch.multinomial(counts, 1, generator=generator)]]
     rows = torch.randint(len(pairs), (settings.batch,), generator=generator)
-    texts, latents = zip(*(pairs[row] for row in rows))
-    x_0 = torch.stack(latents)
+    drawn = [pairs[row] for row in rows]
+    texts = [text for text, _ in drawn]
+    x_0 = torch.stack([latent for _, latent in drawn])
     noise = torch.randn(x_0.shape, generator=generator)
     low, high = cache.model.family.guidance_range
     guidance = low + (high - low) * torch.rand(len(rows), generator=generator)
@@ -1897,7 +1916,8 @@ def draw_log(settings: Settings, out: Path, rows: list[dict]) -> None:
         for name in names:
             drawn = [row for row in rows if math.isfinite(row.get(name, math.nan))]
             if drawn:
-                x, y = ([row[column] for row in drawn] for column in ("iteration", name))
+                x = [row["iteration"] for row in drawn]
+                y = [row[name] for row in drawn]
                 axis.plot(x, y, ".-" if len(x) < 99 else "-", lw=0.9, label=name)
         axis.set(title=title, xlabel="iteration")
         axis.legend(frameon=False)
@@ -2167,7 +2187,8 @@ def calibrate(settings: Settings, run: Run, validation: Validation, state: Train
     lora = validation.lora
     N = settings.student_steps
     model = cache.model
-    found, measured = {}, {}
+    found = {}
+    measured = {}
     for name in ("student", "slow"):
         weights = state.weights[name]
         measured[name] = validation.measure(weights, validation.end(weights, N), [N])
@@ -2182,7 +2203,8 @@ def calibrate(settings: Settings, run: Run, validation: Validation, state: Train
     others = [n for n in settings.all_steps if n != N]
     for n in cache.machine.progress(others, "calibrate"):
         best[n] = validation.search(weights, n)
-    scales, uncalibrated = {}, []
+    scales = {}
+    uncalibrated = []
     for n, (distance, scale) in sorted(best.items()):
         scales[n] = scale
         # At a scale near 0 every student samples as the teacher does: require an improvement.
@@ -2265,7 +2287,9 @@ def load_student(model: Model, out: Path, scale: float) -> DiffusionPipeline:
 
 def compare(settings: Settings, cache: Cache, run: Run) -> dict:
     """Phase 4: a stock pipeline with the saved file against the teacher, on held-out prompts."""
-    model, data, machine = cache.model, cache.data, cache.machine
+    model = cache.model
+    data = cache.data
+    machine = cache.machine
     adapter = read_adapter(run.out)
     N = settings.student_steps
     pipe = load_student(model, run.out, adapter["scales"][N])
@@ -2292,7 +2316,8 @@ def compare(settings: Settings, cache: Cache, run: Run) -> dict:
         "student": dict.fromkeys(steps, 1.0),
         "student, scaled": adapter["scales"],
     }
-    table, shown = [], {}
+    table = []
+    shown = {}
     cells = [(sampler, n) for sampler in samplers for n in steps]
     for sampler, n in machine.progress(cells, "compare"):
         scale = samplers[sampler][n]
@@ -2328,15 +2353,17 @@ def compare(settings: Settings, cache: Cache, run: Run) -> dict:
 def markdown(results: dict) -> str:
     """The table: RMSE of latents / PSNR of images."""
     cells = {(row["sampler"], row["steps"]): row for row in results["table"]}
-    names, steps = (list(dict.fromkeys(column)) for column in zip(*cells))
+    samplers = list(dict.fromkeys(sampler for sampler, _ in cells))
+    steps = list(dict.fromkeys(n for _, n in cells))
     lines = [["Euler steps", *map(str, steps)], ["---"] * (1 + len(steps))]
-    for name in names:
-        row = [cells[name, n] for n in steps]
-        lines.append([name, *(f"{cell['rmse']:.3f} / {cell['psnr']:.1f}" for cell in row)])
-    missing = results["adapter"]["uncalibrated"]
-    scales = ["none found" if cell["steps"] in missing else f"{cell['scale']:.2f}" for cell in row]
-    lines.append(["its scale", *scales])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    for sampler in samplers:
+        row = [cells[sampler, n] for n in steps]
+        lines.append([sampler, *(f"{cell['rmse']:.3f} / {cell['psnr']:.1f}" for cell in row)])
+    scales = ["its scale"]
+    for n in steps:
+        missing = n in results["adapter"]["uncalibrated"]
+        scales.append("none found" if missing else f"{cells[samplers[-1], n]['scale']:.2f}")
+    return "\n".join(f"| {' | '.join(line)} |" for line in [*lines, scales])
 
 
 # ----------------------------------------------------------------------------------------- --sample
