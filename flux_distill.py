@@ -892,7 +892,7 @@ def stock_sample(
     model: Model, noise: Tensor, steps: int, cond: dict[str, Tensor], shift: float, batch: int
 ) -> Tensor:
     """Latents (B, C, H, W) that the stock pipeline makes of noise, `batch` at a time."""
-    pipe = model.pipe
+    pipe = model.load("image")
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
         pipe.scheduler.config, use_dynamic_shifting=False, shift=shift
     )
@@ -2073,24 +2073,24 @@ def draw(settings: Settings, rows: list[Tensor], texts: list[str], path: Path) -
 
 # ------------------------------------------------------------------------------ check of the device
 
-# What a GPU may get wrong without an error: the largest relative difference that is rounding,
-# what is said if there is a larger one, and what to try.
-TRY_KERNELS = "try DIFFUSERS_ATTN_BACKEND=_native_math, another version of PyTorch, or no --compile"
 
+class Check(NamedTuple):
+    """Something that a GPU may get wrong without an error."""
+
+    bound: float  # the largest relative difference that is taken for rounding
+    what: str
+    reference: str
+    advice: str
+
+
+TRY_KERNELS = "try DIFFUSERS_ATTN_BACKEND=_native_math, another version of PyTorch, or no --compile"
+TRY_DIFFUSERS = "try another version of diffusers"
+PLAIN = "that with PyTorch's plain attention"
 CHECKS = {
-    "gradient": (
-        0.05,
-        "the student's gradient with the attention kernels in use differs from that"
-        " with PyTorch's plain attention",
-        TRY_KERNELS,
-    ),
-    "teacher": (0.25, "the teacher's velocity differs from the same in float32", TRY_KERNELS),
-    "student": (0.25, "the student's velocity differs from the same in float32", TRY_KERNELS),
-    "pipeline": (
-        0.03,
-        "the latents of our own sampler differ from those of the stock pipeline",
-        "try another version of diffusers",
-    ),
+    "gradient": Check(0.05, "the student's gradient", PLAIN, TRY_KERNELS),
+    "teacher": Check(0.25, "the teacher's velocity", "the same in float32", TRY_KERNELS),
+    "student": Check(0.25, "the student's velocity", "the same in float32", TRY_KERNELS),
+    "pipeline": Check(0.03, "our sampler's result", "the stock pipeline's", TRY_DIFFUSERS),
 }
 
 
@@ -2098,11 +2098,12 @@ def check_device(settings: Settings, cache: Cache, lora: LoRA) -> dict[str, floa
     """End with a sentence if what this device computes is wrong; else what was found."""
     found = device_errors(settings, cache, lora)
     for name, value in found.items():
-        bound, sentence, way_out = CHECKS[name]
-        if not value < bound:  # or not a number
+        check = CHECKS[name]
+        if not value < check.bound:  # or not a number
             die(
-                f"on this device {sentence} by {value:.2g} of its size (at most {bound:g} is"
-                f" rounding): training would go wrong; {way_out}"
+                f"on this device {check.what} differs from {check.reference} by {value:.2g} of its"
+                f" size (at most {check.bound:g} is rounding): training would go wrong;"
+                f" {check.advice}"
             )
     return found
 
@@ -2576,14 +2577,11 @@ def took(results: dict) -> str:
     words = [f"On {machine['device']} with {versions}."]
     checks = results["adapter"]["checks"]
     if checks:
-        names = {
-            "gradient": "the gradient against PyTorch's plain attention",
-            "teacher": "the teacher's velocity against float32",
-            "student": "the student's against float32",
-            "pipeline": "our sampler against the stock pipeline",
-        }
-        found = ", ".join(f"{names[name]} {value:.1g}" for name, value in checks.items())
-        words.append(f"Relative differences before the first iteration: {found}.")
+        found = []
+        for name, value in checks.items():
+            check = CHECKS[name]
+            found.append(f"{check.what} and {check.reference}, {value:.1g}")
+        words.append(f"Relative differences before the first iteration: {'; '.join(found)}.")
     change = results["adapter"]["relative_change"]
     words.append(f"The median change of a layer's weights is {change:.2%} of their norm.")
     if change < FADES:
@@ -2964,7 +2962,7 @@ def refuse_others(out: Path) -> None:
     """
     known = (out / LORA, out / STATE)
     for path in known:
-        read_metadata(path)
+        read_metadata(path)  # ends if it is not ours
     others = [out / name for name in OUTPUTS if (out / name).exists()]
     ours = (*known, *out.glob("cache/*.safetensors"))
     if others and not any(map(is_ours, ours)):
