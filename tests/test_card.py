@@ -332,3 +332,10 @@ def test_no_path_of_the_machine_is_written(place, monkeypatch, form):
     names = {}
     exec(snippet_of(text), names)
     assert names["image"].size == (32, 32)
+
+
+def test_the_number_of_processes_is_told(monkeypatch):
+    machine = fd.Machine()
+    assert machine.describe()["device"] == "CPU"
+    monkeypatch.setattr(machine, "processes", 4)
+    assert machine.describe()["device"] == "4 x CPU"

@@ -335,3 +335,20 @@ def test_numbers_out_of_range_end_with_a_sentence(flag, values, wrong, tmp_path,
         run(tmp_path / "out", flag, *values)
     assert stopped.value.code == 2
     assert f"argument {flag}: {wrong} must be at " in capsys.readouterr().err
+
+
+def test_an_error_of_the_system_without_words_gets_its_sentence(tmp_path):
+    assert "OSError. Once that is fixed" in fd.in_words(OSError(), tmp_path)
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_ends_sample_without_a_word(done, tmp_path):
+    """As `| head -1` does."""
+    out = copied(done, tmp_path / "out")
+    call = [sys.executable, fd.__file__, "--model", TINY, "--out", out]
+    call += ["--sample", *["a red circle"] * 3]
+    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        said = process.stderr.read().decode()
+        assert process.wait() == 1
+    assert "Traceback" not in said and "Broken pipe" not in said

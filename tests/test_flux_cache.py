@@ -8,7 +8,7 @@ import torch
 from diffusers import FluxPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_runs import content, copied, fd, picture, prepared, run, train
+from tiny_runs import content, copied, fd, parsed, picture, prepared, run, train
 from torch.testing import assert_close
 
 
@@ -295,3 +295,12 @@ def test_latents_decode_as_in_the_stock_pipeline(setup):
     latents = FluxPipeline._unpack_latents(stock["latent"], 32, 32, pipe.vae_scale_factor)
     decoded = setup.model.family.decode(pipe, latents)
     assert_close(decoded, stock["pt"].permute(0, 2, 3, 1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("flags", [("--text-tokens", 6), ("--batch", 2), ("--seed", 1)])
+def test_images_of_the_teacher_are_made_again_where_they_would_be_others(setup, tmp_path, flags):
+    """The text's length changes them; the batch and what shares it change their rounding."""
+    other = fd.prepare(parsed(tmp_path / "out", *flags), fd.Machine())[1].data
+    assert not set(other.latent_keys) & set(setup.data.latent_keys)
+    same = fd.prepare(parsed(tmp_path / "out"), fd.Machine())[1].data
+    assert same.latent_keys == setup.data.latent_keys

@@ -1,10 +1,12 @@
 """flux_distill.py, whole runs on the tiny Flux: what they leave, and what a second one does."""
 
+import gc
 import json
 import re
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -356,3 +358,73 @@ def test_sample_refuses_another_model(done, tmp_path):
     folder = edited(tmp_path, "scheduler/scheduler_config.json", base_shift=0.6)
     with pytest.raises(SystemExit, match="was made for tiny_flux"):
         fd.main(["--model", str(folder), "--out", str(done), "--sample", "a red circle"])
+
+
+@pytest.mark.parametrize("prompt", ["狐" * 200, "é" * 150, "a" * 300])
+def test_sample_gives_long_prompts_names_that_file_systems_take(done, tmp_path, prompt, capsys):
+    out = copied(done, tmp_path / "out")
+    flags = ["--resolution", 32, "--shift", 3.25, "--guidance", 3.125, "--seed", 2**62]
+    fd.main(["--model", str(TINY), "--out", str(out), *map(str, flags), "--sample", prompt])
+    (path,) = (out / "samples").iterdir()
+    assert len(path.name.encode()) + len(".part-10-") <= 255
+    assert prompt[:30] in path.name
+
+
+# ------------------------------------------------------------------------------------------- memory
+
+
+def loads_noted(monkeypatch, look) -> list[bool]:
+    """What `look` says at each reading of weights."""
+    noted = []
+    read = fd.Model.read
+
+    def noting(model, side):
+        gc.collect()
+        noted.append(look(side))
+        return read(model, side)
+
+    monkeypatch.setattr(fd.Model, "read", noting)
+    return noted
+
+
+def test_the_comparison_holds_no_second_transformer(tmp_path, monkeypatch):
+    """The LoRA that was trained is gone, with its network, before the fresh pipeline is loaded."""
+    loras = []
+    install = fd.LoRA.install
+
+    def noting(lora, *args):
+        loras.append(weakref.ref(lora))
+        install(lora, *args)
+
+    monkeypatch.setattr(fd.LoRA, "install", noting)
+    alive = loads_noted(monkeypatch, lambda side: [lora() is not None for lora in loras])
+    run(tmp_path / "out", "--iterations", 1)
+    assert len(loras) == 1
+    assert alive[-1] == [False]
+
+
+def test_sample_holds_no_text_encoder_beside_the_transformer(done, tmp_path, monkeypatch):
+    encoders = []
+    encode = fd.Flux.encode_text
+
+    def noting(pipe, *args):
+        encoders.append(weakref.ref(pipe.text_encoder))
+        return encode(pipe, *args)
+
+    monkeypatch.setattr(fd.Flux, "encode_text", staticmethod(noting))
+    alive = loads_noted(monkeypatch, lambda side: [encoder() is not None for encoder in encoders])
+    out = copied(done, tmp_path / "out")
+    fd.main(["--model", str(TINY), "--out", str(out), "--sample", "a red circle"])
+    assert alive == [[], [False]]
+
+
+def test_other_processes_load_nothing_where_only_calibration_is_left(done, tmp_path, monkeypatch):
+    settings = parsed(copied(done, tmp_path / "out"), "--steps", 2, 4)
+    machine = fd.Machine()
+    found, cache = fd.prepare(settings, machine)
+    assert found.state.exists() and not found.is_calibrated()
+    machine.lead = False
+    loads = loads_noted(monkeypatch, lambda side: True)
+    costs = fd.Costs(found.out / "costs.json", machine)
+    fd.make_lora(settings, cache, found, costs)
+    assert loads == []

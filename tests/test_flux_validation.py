@@ -1,6 +1,7 @@
 """flux_distill.py, validation: distances, lam*, the search for a scale, and verdicts in words."""
 
 import math
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -147,3 +148,35 @@ def test_a_student_that_is_not_finite_has_diverged():
         "WARNING, diverged student: in 3 steps its latents hold NaN or infinity"
     )
     assert words.endswith("distil with a lower --learning-rate in another --out")
+
+
+def test_the_search_leaves_scales_at_which_samples_are_not_finite(learned, monkeypatch):
+    """Also where all of the first ones are such."""
+    validation = learned.validation
+    end = validation.end
+    searched = []
+
+    def too_large(weights, steps, scale=1.0):
+        searched.append(scale)
+        return end(weights, steps, scale) * (math.inf if scale > 0.35 else 1.0)
+
+    monkeypatch.setattr(validation, "end", too_large)
+    monkeypatch.setattr(validation, "lam", lambda weights, steps: 1.0)
+    distance, scale = validation.search(learned.state.student, 3)
+    assert math.isfinite(distance) and 0.05 < scale <= 0.35
+    assert max(searched[:5]) > 1  # it began far above
+
+
+def test_the_time_of_a_call_leaves_out_the_first_which_may_compile(setup, monkeypatch):
+    lora = new_lora(setup)
+    calls = []
+
+    def slow_at_first(*_):
+        calls.append(1)
+        if len(calls) == 1:
+            time.sleep(1.0)
+
+    hook = lora.net.register_forward_pre_hook(slow_at_first)
+    validation = fd.Validation(setup.settings, setup.cache, lora)
+    hook.remove()
+    assert validation.seconds * (len(calls) - 1) < 1.0
