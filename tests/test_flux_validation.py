@@ -174,9 +174,9 @@ def test_the_time_of_a_call_leaves_out_the_first_which_may_compile(setup, monkey
     def slow_at_first(*_):
         calls.append(1)
         if len(calls) == 1:
-            time.sleep(1.0)
+            time.sleep(3.0)
 
     hook = lora.net.register_forward_pre_hook(slow_at_first)
     validation = fd.Validation(setup.settings, setup.cache, lora)
     hook.remove()
-    assert validation.seconds * (len(calls) - 1) < 1.0
+    assert validation.seconds * len(calls) < 3.0
