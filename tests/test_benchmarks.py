@@ -35,6 +35,8 @@ RUNS = [  # script, flags that shorten it, words that its tables must have
     ("toy", f"--flows moons --length 0.005 {ONE}", "5. few-shot, each draw"),
     ("ablations", f"--flows moons --length 0.005 {ONE}", "oracle, shift 3"),
     ("baselines", f"--parts flows --flows moons --length 0.005 {ONE}", "8 teacher calls"),
+    ("baselines", f"--parts direct --flows moons --length 0.002 {ONE}", "3 | a tenth | 4 |"),
+    ("baselines", f"--parts tune_direct --length 0.002 {ONE}", "3 | a tenth | direct, 16 calls |"),
     ("fusion", f"--parts flows --flows moons --length 0.002 {ONE}", "plain flow matching"),
 ]
 SLOW_RUNS = [  # more than 10 s
@@ -186,7 +188,7 @@ def test_network_calls_are_those_that_a_training_makes():
         assert abs(common.network_calls(config, fuse) - number) < 0.002
 
 
-def test_mean_velocity_is_exact_where_the_midpoint_rule_is_and_second_order_elsewhere():
+def test_mean_velocity_by_midpoint_steps_is_of_second_order_by_euler_steps_of_first():
     t, t_end = torch.tensor([1.0, 0.7]), torch.tensor([0.4, 0.1])
     x = torch.tensor([[1.0], [2.0]])
     linear = common.mean_velocity(lambda x, t: t[:, None].expand_as(x), x, t, t_end, calls=2)
@@ -198,6 +200,11 @@ def test_mean_velocity_is_exact_where_the_midpoint_rule_is_and_second_order_else
         errors.append((found - exact).abs().max())
     assert errors[0] < 0.3**2 / 6 * x.max()  # h^2 / 6 |v''|, steps of 0.3
     assert 3.5 < errors[0] / errors[1] < 4.5
+    errors = []
+    for calls in (8, 16):
+        found = common.mean_velocity(lambda x, t: x, x, t, t_end, calls, euler=True)
+        errors.append((found - exact).abs().max())
+    assert 1.9 < errors[0] / errors[1] < 2.1
 
 
 def test_tables_of_a_lora_on_all_layers_are_made_from_what_is_stored():
@@ -338,6 +345,98 @@ def test_budgets_of_the_rivals():
     assert baselines.rungs((24, 12, 6, 3), 700, 2.0) == [(12, 100), (6, 200), (3, 400)]
     k, count = baselines.step_size_rows(1e6, 100, 0.25, True)
     assert k == 25 and abs(count * (25 * 4 + 75 * 5) - 1e6) < 500
+
+
+class CountedMLP(toy_2d.VelocityMLP):
+    """Notes what its calls cost; copies note it in the same list."""
+
+    rows: list[int]
+
+    def __deepcopy__(self, memo):
+        copied = CountedMLP()
+        copied.rows = self.rows
+        copied.load_state_dict(self.state_dict())
+        return copied
+
+    def forward(self, x, t):
+        with_backward = torch.is_grad_enabled() and next(self.parameters()).requires_grad
+        self.rows.append((3 if with_backward else 1) * len(x))
+        return super().forward(x, t)
+
+
+@pytest.mark.parametrize("method", baselines.COMPARED)
+def test_ours_and_direct_regression_make_as_many_calls(method):
+    teacher = CountedMLP().requires_grad_(False)
+    teacher.rows = []
+    how = dict(steps=3, shift=1.0, rate=2e-3)
+    baselines.student_of(method, teacher, toy_2d.moons, 0, length=0.1, **how)
+    assert abs(sum(teacher.rows) / (100 * common.BATCH * 6) - 1) < 0.02
+
+
+def test_every_choice_of_direct_regression_changes_the_student(teacher):
+    base = dict(calls=4, rate=2e-3, euler=False, steps=3, shift=1.0)
+    changes = [{}, {"calls": 2}, {"rate": 4e-3}, {"euler": True}, {"steps": 2}, {"shift": 3.0}]
+    students = []
+    for change in changes:
+        how = base | change
+        budget = 2 * common.BATCH * (3 + how["calls"])  # of two iterations
+        student = baselines.direct(teacher, toy_2d.moons, budget, 0, **how)
+        students.append(torch.cat([w.flatten() for w in student.parameters()]))
+    for a, b in itertools.combinations(students, 2):
+        assert not torch.equal(a, b)
+
+
+def test_ours_is_compared_at_its_tuned_rate_steps_and_shift(monkeypatch):
+    rates = {(3.0, "full budget"): {"ours": 4e-3}, (3.0, "a tenth"): {"ours": 1e-3}}
+    monkeypatch.setattr(baselines, "TUNED", rates)
+    found = baselines.measure_direct("moons", 1, 3.0, 2, length=0.04)
+    on = common.FlowMeasure("moons", 1, 0.04)
+    teacher = common.train_teacher("moons", 1, 0.04)
+    config = sc.MatchedConfig(2, shift_range=(3.0, 3.0))
+    for budget, rate, count in [("full budget", 4e-3, 40), ("a tenth", 1e-3, 4)]:
+        recipe = toy_2d.Recipe(batch=512, rate=rate, warmup=1)
+        student = toy_2d.distil(teacher, on.data, config, count, 1, recipe=recipe)[count]
+        assert found["errors"][budget] == {"ours": on.error(student, 2, 3.0)}
+
+
+def test_the_toys_rate_is_taken_unless_another_is_clearly_better():
+    assert baselines.best_rate({1e-3: 1.0, 2e-3: 1.04, 4e-3: 2.0}) == 2e-3
+    assert baselines.best_rate({1e-3: 1.0, 2e-3: 1.06, 4e-3: 2.0}) == 1e-3
+
+
+def test_rates_of_direct_regression_are_those_that_the_tuning_found():
+    rows = common.load(common.RESULTS / "baselines.json")
+    for (shift, budget), rates in baselines.TUNED.items():
+        assert tuple(rates) == baselines.COMPARED
+        for method, rate in rates.items():
+            assert baselines.tuned_rate(rows, shift, budget, method) == rate
+
+
+def test_tables_of_direct_regression_have_errors_and_geometric_means_of_ratios():
+    """Rows may come in any order, and of the last seed a flow may be missing."""
+
+    def row(flow: str, seed: int, ours: float, two: float, four: float) -> common.Row:
+        errors = dict.fromkeys(baselines.REGRESSIONS, 1.0)
+        errors |= {"ours": ours, "direct, 2 calls": two, "direct, 4 calls": four}
+        found = {"floor": 1e-4, "errors": dict.fromkeys(baselines.BUDGETS, errors)}
+        settings = {"flow": flow, "seed": seed, "shift": 1.0, "steps": 3}
+        return common.Row("direct", settings, 1.0, found, 0.0, {})
+
+    rows = [
+        row("moons", 0, ours=0.02, two=0.01, four=0.08),
+        row("spirals", 0, ours=0.02, two=0.02, four=0.05),
+        row("spirals", 1, ours=0.04, two=0.04, four=0.004),
+        row("moons", 1, ours=0.01, two=0.005, four=0.04),
+        row("moons", 2, ours=0.03, two=0.005, four=0.04),
+    ]
+    told = baselines.tables(rows)
+    assert "**shift 1, a tenth**" in told
+    assert "| 3 | ours | 200.0 ± 248.3 | 300.0 ± 1271.0 |" in told
+    (ratios,) = [line for line in told if line.startswith("| 1 | full budget | 3 |")]
+    cells = ratios.split(" | ")[3:6]  # best is 2 calls on moons, 4 on spirals
+    assert cells[0].startswith("2.00 [")
+    assert cells[1] == "1.41 [1.41, 1.41]"
+    assert cells[2].startswith("0.71 [")
 
 
 def test_halved_windows_are_steps_of_the_sampler():

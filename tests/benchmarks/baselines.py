@@ -23,6 +23,13 @@ from 48 and 64 steps do better than from 24 and 32.
 rate, first rung and growth of iterations from rung to rung (progressive); rate, EMA decay, fraction
 of rows with d = 0 and finest step (shortcut models). Ours is tuned by iterations.py, on the tiny
 Flux in making the demonstration. `--parts tune_flux`: likewise, on validation captions.
+
+`--parts direct` measures what bootstrapping buys: matched windows against direct regression alone,
+on the flows, for 1 to 4 steps at shifts 1 and 3, scale 1. Direct regression has 2, 4 or 8 teacher
+calls a row by midpoint steps, or 16 by Euler steps. The budget is that of 1,000 iterations of ours,
+as in the toy, or a tenth of it. `--parts tune_direct` finds the learning rates: for each method,
+shift and budget the best of three for 3 steps, on seed 100 of moons and gaussians. Both parts are
+measured only if --parts names them.
 """
 
 import copy
@@ -39,6 +46,7 @@ from torch import Tensor, nn
 import shortcut as sc
 import toy_2d
 
+USUAL = ("flows", "tune", "flux", "tune_flux")  # parts that are measured if no flag says which
 STEPS = (1, 2, 3, 4, 8)
 ITERATIONS = 2000  # of our student, twice the toy's
 WARMUP = 100  # iterations, of the others
@@ -137,17 +145,28 @@ class StepMLP(toy_2d.VelocityMLP):
         return self.layers(torch.cat([x, fourier(t), fourier(d)], 1))
 
 
-def direct(teacher, data, budget: float, seed: int, *, calls: int, rate: float) -> nn.Module:
-    """A student of 3 steps, by direct regression with so many teacher calls a row."""
+def direct(
+    teacher,
+    data,
+    budget: float,
+    seed: int,
+    *,
+    calls: int,
+    rate: float,
+    euler: bool = False,
+    steps: int = 3,
+    shift: float = 1.0,
+) -> nn.Module:
+    """A student of so many steps, by direct regression with so many teacher calls a row."""
     generator = torch.Generator().manual_seed(seed + 1)
     student = copy.deepcopy(teacher).requires_grad_(True)
-    config = common.matched(3)
+    config = common.matched(steps, shift)
 
     def loss() -> Tensor:
         x_0, noise = toy_2d.draw_pairs(data, common.BATCH, generator)
-        return common.direct_loss(config, calls, teacher, student, x_0, noise, generator)
+        return common.direct_loss(config, calls, teacher, student, x_0, noise, generator, euler)
 
-    iterations = round(budget / (common.BATCH * (3 + calls)))
+    iterations = max(2, round(budget / (common.BATCH * (3 + calls))))
     for _ in toy_2d.minimize(loss, student, "direct", rate, iterations, warmup=1):
         pass
     return student.requires_grad_(False)
@@ -271,6 +290,103 @@ def measure_settings(method: str, settings: dict, flow: str, length: float) -> d
     return {"errors": {n: on.error(net, n) for n, net in nets.items()}}
 
 
+# ------------------------------------------------------- on 2-D flows: direct regression in detail
+
+DIRECT_STEPS = (1, 2, 3, 4)
+SHIFTS = (1.0, 3.0)
+BUDGETS = {"full budget": 1.0, "a tenth": 0.1}  # fractions of what the toy's student takes
+TOY_ITERATIONS = 1000
+TOY_BUDGET = TOY_ITERATIONS * common.BATCH * common.network_calls(common.matched())
+RATES = (1e-3, 2e-3, 4e-3)
+REGRESSIONS = {
+    "direct, 2 calls": dict(calls=2),
+    "direct, 4 calls": dict(calls=4),
+    "direct, 8 calls": dict(calls=8),
+    "direct, 16 calls": dict(calls=16, euler=True),
+}
+COMPARED = ("ours", *REGRESSIONS)
+TUNED = {  # learning rates in the order of COMPARED, from --parts tune_direct by `best_rate`
+    (1.0, "full budget"): dict(zip(COMPARED, (2e-3, 2e-3, 4e-3, 4e-3, 4e-3))),
+    (1.0, "a tenth"): dict(zip(COMPARED, (4e-3, 2e-3, 4e-3, 4e-3, 4e-3))),
+    (3.0, "full budget"): dict(zip(COMPARED, (2e-3, 2e-3, 1e-3, 4e-3, 4e-3))),
+    (3.0, "a tenth"): dict(zip(COMPARED, (4e-3, 1e-3, 4e-3, 4e-3, 4e-3))),
+}
+
+
+def compare(
+    flow: str,
+    seed: int,
+    shift: float,
+    steps: int,
+    rates: dict[str, dict[str, float]],
+    length: float,
+) -> dict:
+    """Errors in so many steps, by budget and method, as the learning rates are."""
+    on = common.FlowMeasure(flow, seed, length)
+    teacher = common.train_teacher(flow, seed, length)
+    found = {"floor": on.floor, "errors": {}}
+    for budget, fraction in BUDGETS.items():
+        errors = {}
+        for method, rate in rates[budget].items():
+            how = dict(steps=steps, shift=shift, rate=rate)
+            student = student_of(method, teacher, on.data, seed, fraction * length, **how)
+            errors[method] = on.error(student, steps, shift)
+        found["errors"][budget] = errors
+    return found
+
+
+def student_of(
+    method: str, teacher, data, seed: int, length: float, steps: int, shift: float, rate: float
+) -> nn.Module:
+    """The student of a method, with `length` times the toy's budget."""
+    if method == "ours":
+        config = common.matched(steps, shift)
+        iterations = common.shortened(TOY_ITERATIONS, length)
+        recipe = toy_2d.DISTILLATION._replace(rate=rate)
+        return toy_2d.distil(teacher, data, config, iterations, seed, recipe=recipe)[iterations]
+    how = REGRESSIONS[method]
+    budget = TOY_BUDGET * length
+    return direct(teacher, data, budget, seed, rate=rate, steps=steps, shift=shift, **how)
+
+
+def measure_direct(flow: str, seed: int, shift: float, steps: int, length: float) -> dict:
+    """Errors of all methods, each with its own learning rate."""
+    rates = {budget: TUNED[shift, budget] for budget in BUDGETS}
+    return compare(flow, seed, shift, steps, rates, length)
+
+
+def measure_rate(flow: str, shift: float, rate: float, length: float) -> dict:
+    """Errors of all methods with one learning rate, for 3 steps, on the tuning seed."""
+    rates = {budget: dict.fromkeys(COMPARED, rate) for budget in BUDGETS}
+    return compare(flow, 100, shift, 3, rates, length)
+
+
+def best_rate(errors: dict[float, float]) -> float:
+    """The rate of the least error; the toy's, if its error is at most 5 % larger."""
+    least = min(errors.values())
+    tied = [rate for rate, error in errors.items() if error <= 1.05 * least]
+    usual = toy_2d.DISTILLATION.rate
+    return usual if usual in tied else min(errors, key=errors.get)
+
+
+def tuned_rate(rows: list[common.Row], shift: float, budget: str, method: str) -> float:
+    """The best rate by the geometric mean over the flows of the tuning."""
+    by_rate = common.grouped(common.where(rows, "tune_direct", shift=shift), "rate")
+    errors = {
+        rate: geometric_mean(common.column(some, "errors", budget, method)).item()
+        for rate, some in by_rate.items()
+    }
+    return best_rate(errors)
+
+
+def geometric_mean(values, axis: int = 0) -> np.ndarray:
+    """Of energy distances, which may be below 0: at least 1e-6, as in `common.ratio_text`."""
+    return np.exp(np.log(np.maximum(values, 1e-6)).mean(axis))
+
+
+# -------------------------------------------------------------------------------------------- tasks
+
+
 def tasks(flows, seeds) -> dict[str, list[common.Task]]:
     measured = [
         {"flow": flow, "seed": seed, "method": method}
@@ -289,6 +405,14 @@ def tasks(flows, seeds) -> dict[str, list[common.Task]]:
         for method in FLUX_SETTINGS
         for settings in tried_on_flux(method)
     ]
+    against_direct = [
+        {"flow": flow, "seed": seed, "shift": shift, "steps": steps}
+        for seed, flow, shift, steps in product(seeds, flows, SHIFTS, DIRECT_STEPS)
+    ]
+    tuning_direct = [
+        {"flow": flow, "shift": shift, "rate": rate}
+        for flow, shift, rate in product(("moons", "gaussians"), SHIFTS, RATES)
+    ]
     methods = ("teacher", "ours", *FLUX_SETTINGS)
     on_flux = [{"seed": seed, "method": method} for seed in seeds[:3] for method in methods]
     return {
@@ -296,6 +420,8 @@ def tasks(flows, seeds) -> dict[str, list[common.Task]]:
         "tune": [common.Task(measure_settings, settings) for settings in tuning],
         "flux": [common.Task(measure_flux, settings) for settings in on_flux],
         "tune_flux": [common.Task(measure_settings_on_flux, settings) for settings in tuning_flux],
+        "direct": [common.Task(measure_direct, settings) for settings in against_direct],
+        "tune_direct": [common.Task(measure_rate, settings) for settings in tuning_direct],
     }
 
 
@@ -342,6 +468,14 @@ def tables(rows: list[common.Row]) -> list[str]:
         if tuned:
             lines += ["Errors of the settings tried on seed 100, for all step counts of a method"]
             lines += table_of_settings(tuned)
+    against_direct = common.where(rows, "direct")
+    if against_direct:
+        lines += tables_of_direct(against_direct)
+    tuned = common.where(rows, "tune_direct")
+    if tuned:
+        flows = " / ".join(common.grouped(tuned, "flow"))
+        lines += [f"Errors in 3 steps on seed 100, {flows}, by learning rate"]
+        lines += table_of_rates(tuned)
     return lines
 
 
@@ -394,6 +528,82 @@ def table_of_settings(rows: list[common.Row]) -> list[str]:
         cells.setdefault((row.settings["method"], settings), {})[flow] = text
     lines = [[*key, *(found.get(flow, "") for flow in flows)] for key, found in cells.items()]
     return common.table(["method", "settings", *flows], lines)
+
+
+def tables_of_direct(rows: list[common.Row]) -> list[str]:
+    """A table for each shift and budget, and one of ratios."""
+    flows = common.grouped(rows, "flow")
+    floors = {flow: 1e4 * common.column(some, "floor").mean() for flow, some in flows.items()}
+    told = ", ".join(f"{floor:.1f} ({flow})" for flow, floor in floors.items())
+    lines = [f"Energy distance x 1e-4, {seeds_of(rows)} seeds; data to data 0 ± {told}", ""]
+    for shift, budget in product(SHIFTS, BUDGETS):
+        cells = []
+        for steps, method in product(DIRECT_STEPS, COMPARED):
+            texts = []
+            for flow in flows:
+                some = common.where(rows, "direct", flow=flow, shift=shift, steps=steps)
+                texts.append(common.energy_text(common.column(some, "errors", budget, method)))
+            if any(texts):
+                cells.append([steps, method, *texts])
+        if cells:
+            lines += [f"**shift {shift:g}, {budget}**"]
+            lines += common.table(["steps", "method", *flows], cells)
+    lines += [
+        "Ours / direct regression: geometric mean over the flows, paired by seed. Best: with the "
+        "number of calls that has the least geometric mean on each flow, chosen on these seeds"
+    ]
+    return lines + table_of_direct_ratios(rows)
+
+
+def table_of_direct_ratios(rows: list[common.Row]) -> list[str]:
+    lines = []
+    for shift, budget, steps in product(SHIFTS, BUDGETS, DIRECT_STEPS):
+        some = common.where(rows, "direct", shift=shift, steps=steps)
+        if not some:
+            continue
+        errors = {method: errors_by_seed(some, budget, method) for method in COMPARED}
+        ours = geometric_mean(errors["ours"], axis=1)
+        regressions = [errors[method] for method in REGRESSIONS]
+        cells = []
+        for other in [best_of_each_flow(regressions), *regressions]:
+            cells.append(common.ratio_text(ours, geometric_mean(other, axis=1)))
+        lines.append([f"{shift:g}", budget, steps, *cells])
+    return common.table(["shift", "budget", "steps", "direct, best", *REGRESSIONS], lines)
+
+
+def errors_by_seed(rows: list[common.Row], budget: str, method: str) -> np.ndarray:
+    """Errors (seeds, flows), of the seeds that have been measured on all flows."""
+    flows = [*common.grouped(rows, "flow")]
+    errors = []
+    for some in common.grouped(rows, "seed").values():
+        by_flow = {row.settings["flow"]: row.found["errors"][budget][method] for row in some}
+        if len(by_flow) == len(flows):
+            errors.append([by_flow[flow] for flow in flows])
+    return np.array(errors)
+
+
+def best_of_each_flow(errors: list[np.ndarray]) -> np.ndarray:
+    """Errors (seeds, flows) of the method with the least geometric mean, for each flow."""
+    flows = range(errors[0].shape[1])
+    best = [min((some[:, i] for some in errors), key=geometric_mean) for i in flows]
+    return np.stack(best, axis=1)
+
+
+def table_of_rates(rows: list[common.Row]) -> list[str]:
+    rates = common.grouped(rows, "rate")
+    flows = common.grouped(rows, "flow")
+    lines = []
+    for shift, budget, method in product(common.grouped(rows, "shift"), BUDGETS, COMPARED):
+        cells = []
+        for rate in rates:
+            texts = []
+            for flow in flows:
+                some = common.where(rows, "tune_direct", flow=flow, shift=shift, rate=rate)
+                texts.append(common.energy_text(common.column(some, "errors", budget, method)))
+            cells.append(" / ".join(texts))
+        best = tuned_rate(rows, shift, budget, method)
+        lines.append([f"{shift:g}", budget, method, *cells, best])
+    return common.table(["shift", "budget", "method", *rates, "best"], lines)
 
 
 # ---------------------------------------------------------------------------------------- tiny Flux
@@ -553,4 +763,4 @@ def measure_flux(method: str, seed: int, length: float) -> dict:
 
 
 if __name__ == "__main__":
-    common.main(__file__, __doc__, tasks, tables, flows=list(toy_2d.FLOWS))
+    common.main(__file__, __doc__, tasks, tables, flows=list(toy_2d.FLOWS), usual=USUAL)
