@@ -485,12 +485,12 @@ class Run:
         return all(read_metadata(path).get("key") == self.key for path in (self.lora, self.check))
 
 
-OTHER = {
+OTHER = {  # what is said of a setting that differs
     "version": "another version of this program",
     "model": "another model",
     "data": "other training data",
     "held_out": "other held-out prompts",
-    "passes": "another product of --accumulate and processes",
+    "passes": "--accumulate x processes {found}, now {now}",
 }
 
 
@@ -514,10 +514,10 @@ def identify(settings: Settings, model: Model, data: Data) -> Run:
             what = "is damaged" if is_ours(path) else "is not a safetensors file"
             die(f"{path} {what}: move it away to recreate it, or give another --out")
         others = []
-        for name, value in identity.items():
-            if found.get(name) == value:
-                continue
-            others.append(OTHER.get(name, f"{name} {found.get(name)}, now {value}"))
+        for name, now in identity.items():
+            if found.get(name) != now:
+                words = OTHER.get(name, name + " {found}, now {now}")
+                others.append(words.format(found=found.get(name), now=now))
         if others:
             die(
                 f"--out {run.out} holds a run with other settings ({'; '.join(others)}): repeat"

@@ -204,7 +204,7 @@ def test_a_run_with_other_held_out_prompts_is_named_in_words(tmp_path):
 
 def test_a_run_of_other_passes_is_named_with_both_numbers(tmp_path):
     """Of an optimizer step, in all processes together."""
-    assert refusal(tmp_path / "out", ["--accumulate", 2], []) == "passes 2, now 1"
+    assert refusal(tmp_path / "out", ["--accumulate", 2], []) == "--accumulate x processes 2, now 1"
 
 
 def test_images_that_compare_have_at_most_eight_columns(tmp_path):
