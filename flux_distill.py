@@ -966,8 +966,15 @@ def read_data(settings: Settings, model: Model) -> Data:
     machine = model.machine
     prompts, held_out = read_prompts(settings.prompts, settings.held_out, not settings.images)
 
+    # What else latents depend on; images of the teacher are made by the text embeddings, with noise
+    # and shift of their own, and rounded by what shares their batch.
+    made_with = [VERSION, model.fingerprint, machine.device, settings.resolution]
+    if not settings.images:
+        made_with += [settings.text_tokens, settings.quantize, settings.batch]
+        made_with += [settings.seed, settings.shift_range]
+
     def latent_key(identity: list) -> str:
-        return digest([VERSION, model.fingerprint, machine.device, settings.resolution, *identity])
+        return digest([*made_with, *identity])
 
     def is_cached(identity: list) -> bool:
         return cache_file(settings.out, "latent", latent_key(identity)).exists()
@@ -975,16 +982,8 @@ def read_data(settings: Settings, model: Model) -> Data:
     if settings.images:
         examples = read_images(settings.images, settings.resolution, machine, is_cached)
     else:
-        drawn = [
-            settings.seed,
-            settings.shift_range,
-            settings.text_tokens,
-            settings.batch,
-            settings.quantize,
-            settings.teacher_steps,
-            model.family.pool_guidance,
-        ]
-        examples = [Example(text, [text, i, *drawn], None) for i, text in enumerate(prompts)]
+        how = [settings.teacher_steps, model.family.pool_guidance]
+        examples = [Example(text, [text, i, *how], None) for i, text in enumerate(prompts)]
     held_out_texts = {text.casefold() for text in held_out}
     numbered = []
     for number, example in enumerate(examples):

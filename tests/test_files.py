@@ -265,6 +265,7 @@ def test_a_system_without_sysconf_hangup_and_locks(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)
     spec = importlib.util.spec_from_file_location("flux_elsewhere", fd.__file__)
     elsewhere = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "flux_elsewhere", elsewhere)
     spec.loader.exec_module(elsewhere)
     elsewhere.main([*SMALL.split(), "--iterations", "1", "--out", str(tmp_path)])
     assert (tmp_path / fd.LORA).exists()

@@ -158,7 +158,7 @@ def test_a_folder_that_machines_do_not_share_is_named(tmp_path, source):
     setup = prepared(tmp_path / "whole", *flags)
     settings = fd.replace(setup.settings, out=tmp_path / "out")
     lacking_its_part(setup.machine)
-    sentence = "--out .*out is not one folder for all machines: put it on a disk they share"
+    sentence = "--out .*out is not a folder that all machines share: put it on a shared disk"
     with pytest.raises(SystemExit, match=sentence):
         fd.fill_cache(settings, fd.Cache(settings, setup.model, setup.data))
     whole = fd.Cache(setup.settings, setup.model, setup.data)

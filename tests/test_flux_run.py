@@ -101,7 +101,7 @@ def test_steps_and_teacher_steps_are_obeyed(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "RMSE of latents / PSNR of images, compared with the teacher's 6 steps" in said
     assert "| Euler steps | 1 | 3 | 6 |" in said
-    assert "from the teacher's 6 steps" in said
+    assert "RMSE to the teacher's 6 steps is" in said
     assert "lam_1,lam_3,lam_6" in (out / "log.csv").read_text()
     assert set(fd.read_metadata(out / fd.LORA)["scales"]) == {"1", "3", "6"}
 
@@ -159,7 +159,7 @@ def test_cache_and_checkpoint_of_a_finished_run_can_go(done, tmp_path):
     before = content(out)
     run(out)
     assert content(out) == before
-    says("is finished, but .* is gone", "--out", out, "--shift", 2)
+    says("is finished but .* is missing", "--out", out, "--shift", 2)
     assert (out / fd.LORA).read_bytes() == before[fd.LORA]
 
 
@@ -179,7 +179,7 @@ def refusal(out: Path, first: list, then: list) -> str:
     with pytest.raises(SystemExit) as stopped:
         fd.prepare(parsed(out, *then), fd.Machine())
     assert content(out) == before
-    found = re.search(r"holds a run of other settings \((.*)\): repeat them", str(stopped.value))
+    found = re.search(r"holds a run with other settings \((.*)\): repeat them", str(stopped.value))
     return found[1]
 
 

@@ -122,7 +122,7 @@ GOOD = {"lam_3": 1.0, "rmse": 0.1, "teacher_rmse": 0.3}
 def test_a_good_student_gives_no_alarm():
     words = fd.verdict(SETTINGS, GOOD)
     assert words == (
-        "in 3 steps the student ends 0.100 from the teacher's 32 steps, the teacher itself 0.300"
+        "in 3 steps the student's RMSE to the teacher's 32 steps is 0.100, the teacher's own 0.300"
     )
 
 

@@ -209,7 +209,7 @@ LYING_AROUND = {  # what lies in a folder: what is said, and what is used of it
         [],
     ),
     flat_image: (
-        "kept 1 image of one value all over (flat.png): remove what should not be trained on",
+        "kept 1 image of a single color (flat.png): remove what should not be trained on",
         ["flat.png"],
     ),
 }
@@ -314,8 +314,8 @@ def test_latents_of_the_teacher_are_identified_by_all_that_they_are_made_from(se
     """By these keys runs recognise their cache and results."""
     text = setup.data.texts[setup.data.pairs[1].text]
     model = [fd.VERSION, setup.model.fingerprint, "cpu", 32]
-    made_from = [text, 1, 0, [2.5, 4.5], None, 8, 3.5]
-    assert setup.data.latent_keys[1] == hashed([*model, *made_from])
+    made_with = [256, None, 4, 0, [2.5, 4.5]]
+    assert setup.data.latent_keys[1] == hashed([*model, *made_with, text, 1, 8, 3.5])
 
 
 def test_latents_of_images_are_identified_by_all_that_they_are_made_from(tmp_path):
@@ -330,7 +330,7 @@ def test_latents_of_images_are_identified_by_all_that_they_are_made_from(tmp_pat
 
 
 def test_embeddings_are_identified_by_all_that_they_are_made_from(setup):
-    made_from = [setup.model.fingerprint, "cpu", 256, setup.data.texts[0]]
+    made_from = [fd.VERSION, setup.model.fingerprint, "cpu", 256, setup.data.texts[0]]
     assert setup.cache.keys["text"][0] == hashed(made_from)
 
 
@@ -489,7 +489,7 @@ def test_text_tokens_reach_cache_lora_and_card(twelve_tokens):
 
 
 def test_other_text_tokens_are_another_run(twelve_tokens):
-    sentence = "holds a run of other settings .text_tokens 12, now 256"
+    sentence = "holds a run with other settings .text_tokens 12, now 256"
     says(sentence, "--out", twelve_tokens.out, *twelve_tokens.flags)
 
 

@@ -176,5 +176,5 @@ def test_a_stop_during_the_imports_is_one_sentence_unless_it_is_ignored(tmp_path
     said = child.communicate()[1]
     assert child.returncode == 1
     assert "Traceback" not in said
-    assert ("stopped before anything was begun" in said) != ignored
+    assert ("stopped before the run started" in said) != ignored
     assert ("no folder here" in said) == ignored
