@@ -56,6 +56,7 @@ SLOW_RUNS = [  # more than 10 s
     ("quality", f"--length 0.01 --figure figure.png {ONE}", "UniPC"),
     ("speed", f"--parts small --length 0.5 {ONE}", "the latents of one image"),
     ("fewshot", f"--first 1 --length 0.01 {ONE}", "ratio, strangers"),
+    ("oracle", f"--length 0.005 {ONE}", "held out, too"),
     ("readme", f"--length 0.02 {ONE}", "matched, scaled"),
 ]
 
