@@ -307,9 +307,9 @@ REGRESSIONS = {
 COMPARED = ("ours", *REGRESSIONS)
 TUNED = {  # learning rates in the order of COMPARED, from --parts tune_direct by `best_rate`
     (1.0, "full budget"): dict(zip(COMPARED, (2e-3, 2e-3, 4e-3, 4e-3, 4e-3))),
-    (1.0, "a tenth"): dict(zip(COMPARED, (4e-3, 2e-3, 4e-3, 4e-3, 4e-3))),
-    (3.0, "full budget"): dict(zip(COMPARED, (2e-3, 2e-3, 1e-3, 4e-3, 4e-3))),
-    (3.0, "a tenth"): dict(zip(COMPARED, (4e-3, 1e-3, 4e-3, 4e-3, 4e-3))),
+    (1.0, "a tenth"): dict(zip(COMPARED, (8e-3, 2e-3, 8e-3, 8e-3, 8e-3))),
+    (3.0, "full budget"): dict(zip(COMPARED, (2e-3, 2e-3, 1e-3, 8e-3, 8e-3))),
+    (3.0, "a tenth"): dict(zip(COMPARED, (8e-3, 1e-3, 8e-3, 8e-3, 8e-3))),
 }
 
 
