@@ -1,27 +1,25 @@
 """Distil FLUX.1-dev into a few-step sampler: a LoRA by SCFM (arXiv 2510.17858), see shortcut.py.
 
 The phases of a run. A phase is skipped when its result is in --out and fits the settings, so after
-any interruption the same command resumes. Every random number has a key: it depends on --seed and
-that key alone, not on what was drawn before.
+any interruption the same command resumes. Every random draw has a key: it depends on --seed and
+that key only, never on earlier draws.
 
-phase      reads            writes in --out            draws at random, by key   when stopped
----------  ---------------  -------------------------  ------------------------  ----------------
-set-up     flags, model,    --out itself, .lock                                  nothing is lost
-           prompts, images
-cache      prompts,         cache/: an embedding per   pool, number of the       whole files are
-           images, model    text, a latent per pair    prompt                    kept
-train      cache, model     checkpoint/, log.csv,      A, name of the layer      the iteration is
-                            training.png, validation/  train, iteration, pass    finished and
-                                                       fraction, iteration       saved; a valida-
-                                                       validation, text, noise   tion is repeated
-                                                       check device (on a GPU)
-calibrate  checkpoint,      the LoRA, cache/check,     validation, text, noise   it starts over
-           cache, model     validation/saved.png       check, text, noise
-compare    the LoRA,        comparison.png, README.md  compare, text, noise      it starts over
-           cache, model     (card), results.json       check, text, noise
+phase      reads                      writes in --out
+---------  -------------------------  ------------------------------------------------------------
+set-up     flags, model, prompts,     --out itself, .lock
+           images
+cache      prompts, images, model     cache/: a file per text (embedding) and per pair (latent)
+train      cache, model               checkpoint/, log.csv, training.png, validation/
+calibrate  checkpoint, cache, model   the LoRA, cache/check, validation/saved.png
+compare    the LoRA, cache, model     comparison.png, README.md (model card), results.json
+
+Keys: "pool", example (noise of the teacher's images); "A", layer (a LoRA's first weights); "train",
+iteration, pass; "fraction", iteration; "validation", "check" or "compare", text, sample; "check
+device". When stopped, cache keeps whole files, train finishes its iteration and saves (a validation
+is repeated), calibrate and compare start over.
 
 costs.json has the seconds and the peak GPU memory of each phase. --sample renders prompts with a
-finished LoRA instead, to samples/ (key: sample, number of the prompt).
+finished LoRA instead, to samples/ (key: "sample", number of the prompt).
 """
 
 # ruff: noqa: E402
@@ -79,7 +77,7 @@ def flag(default, text: str, weights: bool = False, sampling: bool = False, **op
     """A field with the help and the argparse options of its flag.
 
     weights: it determines the trained weights, so a run with another value is another run.
-    sampling: --sample uses it. A group holds for this flag and those after it, up to the next.
+    sampling: --sample uses it. `group` opens a group of the help for this flag and the next ones.
     """
     marks = {"weights": weights, "sampling": sampling}
     return field(default=default, metadata=marks | {"options": {"help": text, **options}})
@@ -91,7 +89,7 @@ def flags_for(mark: str) -> list[str]:
 
 
 COUNT = at_least(1)
-SHIFT = at_least(1e-3, high=1e3)  # further out float32 has no times between 0 and 1
+SHIFT = at_least(1e-3, high=1e3)  # further out, times round to 0 or 1 in float32
 LONGEST_TEXT = 512  # tokens that Flux accepts
 
 
@@ -188,11 +186,12 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         description=f"{title}\n\n{phases}", formatter_class=RawDescriptionHelpFormatter
     )
+    group = parser
     for setting in fields(Settings):
         if not setting.metadata:
             continue
         options = dict(setting.metadata["options"])
-        if "group" in options:
+        if "group" in options:  # it opens a group, which the flags that follow join
             group = parser.add_argument_group(options.pop("group"))
         default = setting.default
         if isinstance(default, tuple):
@@ -205,7 +204,7 @@ def make_parser() -> ArgumentParser:
 
 
 def parse(argv: list[str] | None) -> Settings:
-    """Settings of the command line; needs none of the slow imports."""
+    """Settings of the command line; creates --out, to say early where that is impossible."""
     parser = make_parser()
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
@@ -287,7 +286,7 @@ def stop_before_main(*_):
 
 
 if __name__ == "__main__":
-    parse(None)  # --help and wrong flags are answered before the imports below take their seconds
+    parse(None)  # --help and wrong flags are answered before the slow imports below
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # ignored in a command that ends in &
         signal.signal(signal.SIGINT, stop_before_main)
 
@@ -356,6 +355,7 @@ OUTPUTS = (
 VERSION = 4  # of training and of the files: a run of another version is not resumed
 LESS_MEMORY = """what helps, in this order: --recompute-every 1, --batch 4 --accumulate 2 (down to \
 --batch 1), --rank 16, --quantize int8, --resolution 256; all but the first need another --out"""
+REPEAT = "repeat the command: finished work is kept"
 LOWER_RATE = "distil with a lower --learning-rate in another --out"
 
 # --------------------------------------------------------------------------------------------- main
@@ -363,6 +363,9 @@ LOWER_RATE = "distil with a lower --learning-rate in another --out"
 
 def main(argv: list[str] | None = None) -> None:
     settings = parse(argv)
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with on_stop(stop_now):
             machine = Machine()
@@ -377,7 +380,7 @@ def main(argv: list[str] | None = None) -> None:
     except torch.OutOfMemoryError:
         advice = "give --batch 1, or a lower --resolution" if settings.sample else LESS_MEMORY
         die(f"out of GPU memory; {advice}. Finished work is kept")
-    except BrokenPipeError:  # whoever read what is printed, such as `| head`, has gone
+    except BrokenPipeError:  # the reader of stdout, such as `| head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except OSError as error:
@@ -392,7 +395,7 @@ def main(argv: list[str] | None = None) -> None:
 def distil(settings: Settings, machine: Machine) -> None:
     """A whole run, or what is left of it."""
     run, cache = prepare(settings, machine)
-    with alone(run.out, machine):
+    with lock_out_folder(run.out, machine):
         results = finished(run)
         if not results:
             results = run_phases(settings, machine, run, cache)
@@ -427,7 +430,7 @@ def run_phases(settings: Settings, machine: Machine, run: Run, cache: Cache) -> 
 def make_lora(settings: Settings, cache: Cache, run: Run, costs: Costs) -> None:
     """Phases 2 and 3: train the student and save it.
 
-    Nothing of it stays in memory: the comparison loads the transformer again.
+    All memory is freed on return: the comparison loads the transformer again.
     """
     machine = cache.machine
     if not machine.lead and read_metadata(run.state).get("done"):
@@ -455,7 +458,8 @@ def finished(run: Run) -> dict | None:
     with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         results = json.loads((run.out / "results.json").read_text())
         in_file = read_metadata(run.lora).get("key")
-        if in_file == results["adapter"]["key"] == run.key:
+        is_whole = all((run.out / name).exists() for name in ("README.md", "comparison.png"))
+        if is_whole and in_file == results["adapter"]["key"] == run.key:
             return results
     return None
 
@@ -466,7 +470,7 @@ class Run:
 
     out: Path
     base_model: str  # its name, without a path of this machine
-    settings: dict  # everything that determines the trained weights
+    identity: dict  # everything that determines the trained weights
     key: str  # of these settings and of those that calibration and comparison use
 
     @property
@@ -485,7 +489,7 @@ class Run:
         return all(read_metadata(path).get("key") == self.key for path in (self.lora, self.check))
 
 
-OTHER = {  # what is said of a setting that differs
+OTHER = {  # message for a setting that differs
     "version": "another version of this program",
     "model": "another model",
     "data": "other training data",
@@ -509,15 +513,16 @@ def identify(settings: Settings, model: Model, data: Data) -> Run:
     key = digest([identity, sampling, settings.all_steps])
     run = Run(settings.out, model.base_model, identity, key)
     for path in filter(Path.exists, (run.state, run.lora)):
-        found = read_metadata(path).get("settings")
-        if not found:
+        saved = read_metadata(path).get("settings")
+        if not saved:
             what = "is damaged" if is_ours(path) else "is not a safetensors file"
             die(f"{path} {what}: move it away to recreate it, or give another --out")
         others = []
         for name, now in identity.items():
-            if found.get(name) != now:
-                words = OTHER.get(name, name + " {found}, now {now}")
-                others.append(words.format(found=found.get(name), now=now))
+            if saved.get(name) != now:
+                flag_name = "--" + name.replace("_", "-")
+                words = OTHER.get(name, flag_name + " {found}, now {now}")
+                others.append(words.format(found=saved.get(name), now=now))
         if others:
             die(
                 f"--out {run.out} holds a run with other settings ({'; '.join(others)}): repeat"
@@ -530,7 +535,7 @@ def identify(settings: Settings, model: Model, data: Data) -> Run:
 
 
 class Flux:
-    """FLUX.1-dev and its fine-tunes: all that this file knows of a family of models.
+    """FLUX.1-dev and its fine-tunes: what is specific to this family of models.
 
     Latents are (B, C, H, W), an eighth of the pixels high and wide. Flux takes them packed, as
     tokens of 2 x 2 latents, which only the functions here know. Conditions are "text" (B, T, D)
@@ -733,40 +738,6 @@ FAMILIES = {"FluxPipeline": Flux}  # by _class_name in model_index.json
 
 # --------------------------------------------------------------------------- the teacher's pipeline
 
-REFUSALS = (  # the first that fits an error on the way to a model
-    (
-        hub.GatedRepoError,
-        "is gated: accept its licence at https://huggingface.co/{0}, run `hf auth"
-        " login` (a fine-grained token needs access to gated repositories), and start again",
-    ),
-    (
-        (hub.RepositoryNotFoundError, hub.HFValidationError),
-        "is no folder here and no public model on the Hub (private: `hf auth login`)",
-    ),
-    (
-        (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled),
-        "is no folder here and the Hub can't be reached: give a folder, or go online",
-    ),
-    (
-        PermissionError,
-        "has files, here or in the Hub's"
-        " cache, that you are not allowed to read or write: correct their permissions",
-    ),
-    (
-        (hub.EntryNotFoundError, FileNotFoundError, ValueError, KeyError, TypeError),
-        "is not a complete diffusers pipeline: it needs a model_index.json, transformer/ and vae/",
-    ),
-    (Exception, "can't be reached: go online, or give a folder"),  # whatever networks come up with
-)
-
-
-def refusal_of(error: Exception) -> str:
-    """Why there is no such model; {0} stands for its name."""
-    status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
-    # The Hub's library reports a token without access as a file that can't be found.
-    kind = hub.GatedRepoError if status in (401, 403) else type(error)
-    return next(words for kinds, words in REFUSALS if issubclass(kind, kinds))
-
 
 class Model:
     """The teacher's pipeline: checked on creation, downloaded and loaded on request.
@@ -787,7 +758,8 @@ class Model:
             self.folder = None  # where it is downloaded to
             self.base_model = name
         try:
-            class_name = self.read_json("model_index.json")["_class_name"]
+            index = self.read_json("model_index.json")
+            class_name = index["_class_name"]
             self.config = self.read_json("transformer/config.json")
             self.vae_config = self.read_json("vae/config.json")
         except Exception as error:
@@ -798,6 +770,7 @@ class Model:
             ]
             die(f"--model {name} is a {class_name}: this distils {' or '.join(known)}")
         self.family = FAMILIES[class_name]
+        self.parts = sorted(name for name, value in index.items() if isinstance(value, list))
         refusal = self.family.refusal(self.config)
         if refusal:
             die(f"--model {name} {refusal}")
@@ -819,7 +792,10 @@ class Model:
         ):
             if self.folder is None:
                 self.folder = Path(self.family.pipeline.download(self.name))
-        files = sorted(self.folder.glob("*/*.json")) + sorted(self.folder.glob("*/*.safetensors"))
+        files = []
+        for kind in ("*.json", "*.safetensors"):
+            for part in self.parts:
+                files += sorted((self.folder / part).glob(kind))
         self.fingerprint = digest([[*path.parts[-2:], fingerprint(path)] for path in files])
 
     def load(self, side: str, fresh: bool = False) -> DiffusionPipeline:
@@ -879,6 +855,42 @@ class Model:
             )
 
 
+REFUSALS = (  # messages for errors while finding a model; the first that fits is used
+    (
+        hub.GatedRepoError,
+        "is gated: accept its licence at https://huggingface.co/{0}, run `hf auth"
+        " login` (a fine-grained token needs access to gated repositories), and start again",
+    ),
+    (
+        (hub.RepositoryNotFoundError, hub.HFValidationError),
+        "is neither a local folder nor a public model on the Hub (private: `hf auth login`)",
+    ),
+    (
+        (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled),
+        "is no folder here and the Hub can't be reached: give a folder, or go online",
+    ),
+    (
+        PermissionError,
+        "has files, here or in the Hub's"
+        " cache, that you are not allowed to read or write: correct their permissions",
+    ),
+    (
+        (hub.EntryNotFoundError, FileNotFoundError, ValueError, KeyError, TypeError),
+        "is not a complete diffusers pipeline: it needs a model_index.json, transformer/ and vae/",
+    ),
+    (Exception, "can't be reached: go online, or give a folder"),  # any other error of the network
+)
+
+
+def refusal_of(error: Exception) -> str:
+    """Why there is no such model; {0} stands for its name."""
+    status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
+    kind = type(error)
+    if status in (401, 403) and not isinstance(error, hub.RepositoryNotFoundError):
+        kind = hub.GatedRepoError  # a token without access; the Hub's library calls it a lost file
+    return next(words for kinds, words in REFUSALS if issubclass(kind, kinds))
+
+
 def int8():
     """Weights of the transformer in int8 (torchao); activations keep their type."""
     from diffusers import PipelineQuantizationConfig, TorchAoConfig
@@ -897,355 +909,6 @@ def stock_sample(
         pipe.scheduler.config, use_dynamic_shifting=False, shift=shift
     )
     return in_batches(batch, partial(model.family.sample, pipe, steps), noise, **cond)
-
-
-# --------------------------------------------------------------------------------------------- data
-
-PROMPTS = """\
-a red fox asleep in fresh snow, soft morning light
-a bowl of ramen, seen from above
-an old fisherman mending a net, black and white
-a lighthouse on a cliff in a storm, oil painting
-a hand-painted shop sign that says "FRESH BREAD"
-a city street at night in the rain, neon lights
-an astronaut playing chess with a cat, watercolour
-a glass teapot with blooming tea, macro
-a crowd at a summer music festival, wide angle
-a tiny library with a spiral stair, isometric
-a hummingbird at a purple flower, wings blurred
-a knight in worn armour under a cherry tree
-a yellow taxi before a white brick wall
-a map of an imaginary island, ink on old paper
-two children running along a beach at sunset
-a green sports car on a mountain pass, motion blur
-a cup of coffee beside an open notebook
-a dragon made of origami paper on a desk
-an elderly woman laughing, close-up, natural light
-a wooden cabin by a lake under the Milky Way
-a corgi in a raincoat jumping over a puddle
-a marble statue overgrown with ivy in a ruined temple
-a robot watering plants on a balcony, pencil drawing
-a plate of strawberries, still life"""
-
-
-class Example(NamedTuple):
-    """What a source of data yields: a caption, and an image or none.
-
-    A new source is a function that returns a list of these, called in read_data.
-    """
-
-    caption: str
-    identity: list  # what the latent depends on, besides the model and the resolution
-    image: Callable[[], Tensor] | None  # opens it: (1, 3, h, w) in [-1, 1]; None: the teacher's
-
-
-class Pair(NamedTuple):
-    """An example that is trained on."""
-
-    text: int  # the caption's place in Data.texts
-    image: Callable[[], Tensor] | None
-    number: int  # among all examples of the source: it is the key of the noise
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a run trains on and is judged by."""
-
-    texts: list[str]  # all captions and prompts, the held-out ones first
-    pairs: list[Pair]
-    held_out: list[str]
-    validation: list[int]  # places in texts
-    comparison: list[int]
-    text_keys: list[str]  # identify the embeddings and latents in the cache
-    latent_keys: list[str]
-    fingerprint: str  # of what is trained on
-
-
-def read_data(settings: Settings, model: Model) -> Data:
-    """Prompts and pairs, without the held-out prompts among the pairs."""
-    machine = model.machine
-    prompts, held_out = read_prompts(settings.prompts, settings.held_out, not settings.images)
-
-    # What else latents depend on; images of the teacher are made by the text embeddings, with noise
-    # and shift of their own, and rounded by what shares their batch.
-    made_with = [VERSION, model.fingerprint, machine.device, settings.resolution]
-    if not settings.images:
-        made_with += [settings.text_tokens, settings.quantize, settings.batch]
-        made_with += [settings.seed, settings.shift_range]
-
-    def latent_key(identity: list) -> str:
-        return digest([*made_with, *identity])
-
-    def is_cached(identity: list) -> bool:
-        return cache_file(settings.out, "latent", latent_key(identity)).exists()
-
-    if settings.images:
-        examples = read_images(settings.images, settings.resolution, machine, is_cached)
-    else:
-        how = [settings.teacher_steps, model.family.pool_guidance]
-        examples = [Example(text, [text, i, *how], None) for i, text in enumerate(prompts)]
-    held_out_texts = {text.casefold() for text in held_out}
-    numbered = []
-    for number, example in enumerate(examples):
-        if example.caption.casefold() not in held_out_texts:
-            numbered.append((number, example))
-    left_out = len(examples) - len(numbered)
-    if settings.images and machine.lead and left_out:
-        print(f"left out {counted(left_out, 'image')}: the caption is a held-out prompt")
-    if machine.lead and settings.limit > len(numbered) > 0:
-        print(
-            f"--limit {settings.limit} is more than the {len(numbered)} pairs there are: all are"
-            " used"
-        )
-    numbered = numbered[: settings.limit or None]
-    if not numbered:  # with prompts alone read_prompts has seen to it
-        die(
-            f"every caption in --images {settings.images} is also one of the {len(held_out)}"
-            " held-out prompts: give --prompts a file that ends with other lines"
-        )
-    kept = [example for _, example in numbered]
-    texts = list(dict.fromkeys([*held_out, *(example.caption for example in kept)]))
-    places = {text: i for i, text in enumerate(texts)}
-    third = max(1, len(held_out) // 3)
-
-    def text_key(text: str) -> str:
-        return digest([VERSION, model.fingerprint, machine.device, settings.text_tokens, text])
-
-    return Data(
-        texts=texts,
-        pairs=[Pair(places[one.caption], one.image, number) for number, one in numbered],
-        held_out=held_out,
-        validation=list(range(third)),
-        comparison=list(range(third, len(held_out))),
-        text_keys=[text_key(text) for text in texts],
-        latent_keys=[latent_key(example.identity) for example in kept],
-        fingerprint=digest([example.identity for example in kept]),
-    )
-
-
-def read_prompts(file: Path | None, held_out: int, needs_more: bool) -> tuple[list[str], list[str]]:
-    """All prompts, and the last `held_out` different ones; needs_more: there must be others.
-
-    Blank lines and lines that start with # are skipped.
-    """
-    if file:
-        source = f"--prompts {file}"
-        with explain(
-            f"{source} can't be read as a text file: give one in UTF-8, a prompt a line",
-            OSError,
-            UnicodeDecodeError,
-        ):
-            lines = file.read_text("utf-8-sig").splitlines()
-    else:
-        source = "the built-in list"
-        lines = PROMPTS.splitlines()
-    prompts = []
-    for number, line in enumerate(map(tidy, lines), 1):
-        if line and not line.startswith("#"):
-            option = OPTION.search(line)
-            if option:
-                die(f"{source}, line {number} {no_options(option)}")
-            prompts.append(line)
-    distinct = {}
-    for prompt in prompts:
-        distinct.setdefault(prompt.casefold(), prompt)
-    different = len(distinct)
-    needed = held_out + needs_more
-    if different < needed:
-        die(
-            f"{source} has {different} different prompts, upper and lower case being the same, and"
-            f" --held-out {held_out} needs {needed}: give --prompts a longer file, or give a"
-            " smaller --held-out"
-        )
-    return prompts, list(distinct.values())[-held_out:]
-
-
-# ------------------------------------------------------------------------- data: a folder of images
-
-
-def read_images(
-    folder: Path, resolution: int, machine: Machine, is_cached: Callable[[list], bool]
-) -> list[Example]:
-    """The images of a folder with their captions; what can't be used is named and counted.
-
-    To check them, those whose latents are not cached are opened, each by one process.
-    """
-    if not folder.is_dir():
-        die(f"--images {folder} is no folder: give one with images, and captions in NAME.txt")
-    pairs, skipped, notes = list_images(folder)
-    mine = pairs[machine.process :: machine.processes]
-    bar = machine.progress(mine, "check images", unit="image")
-    checked = machine.collect([look_at(path, caption, is_cached) for path, caption in bar])
-    looked_at = {image.path: image for image in checked}
-    found = []
-    flat = []
-    for path, caption in pairs:
-        image = looked_at[path]
-        if image.fault:
-            skipped.append(f"{path.name}: {image.fault}")
-            continue
-        if image.flat:
-            flat.append(path.name)
-        identity = [caption, *image.fingerprint]
-        found.append(Example(caption, identity, partial(open_image, path, resolution)))
-    if flat:
-        notes.append(
-            f"kept {counted(flat, 'image')} of a single color ({some(flat)}): remove"
-            " what should not be trained on"
-        )
-    if machine.lead and skipped:
-        print(f"skipped {len(skipped)}, kept {len(found)} images; fix these to use them:")
-        print("  " + some(skipped, "\n  "))
-    if machine.lead and notes:
-        print(*notes, sep="\n")
-    if not found:
-        die(f"--images {folder} has no image with a caption: NAME.png goes with NAME.txt")
-    return found
-
-
-def list_images(folder: Path) -> tuple[list[tuple[Path, str]], list[str], list[str]]:
-    """Images with their captions, why others are skipped, and notes on all else that lies there.
-
-    Hidden files are ignored, sub-folders are not searched.
-    """
-    Image.init()
-    kinds = Image.registered_extensions()
-    visible = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    folders = [path for path in visible if path.is_dir()]
-    files = [path for path in visible if not path.is_dir()]
-    images = [path for path in files if path.suffix.lower() in kinds]
-    captions = {path.stem: path for path in files if path.suffix.lower() == ".txt"}
-    pairs = []
-    skipped = []
-    with_options = []
-    for path in images:
-        try:
-            caption = read_caption(captions.get(path.stem, path.with_suffix(".txt")))
-        except ValueError as error:
-            skipped.append(f"{path.name}: {error}")
-            continue
-        pairs.append((path, caption))
-        if OPTION.search(caption):
-            with_options.append(path.stem + ".txt")
-
-    notes = []
-    without_image = sorted(captions.keys() - {path.stem for path in images})
-    if without_image:
-        names = some([captions[stem].name for stem in without_image])
-        count = counted(without_image, "caption")
-        notes.append(
-            f"ignored {count} without an image ({names}): add the images if they should be there"
-        )
-    if with_options:
-        names = some(with_options)
-        notes.append(
-            f"kept {counted(with_options, 'caption')} with options like --ar 16:9, which"
-            f" are trained on as words ({names}): remove them from the text"
-        )
-    if folders:
-        inside = [path for path in folder.glob("*/**/*") if path.suffix.lower() in kinds]
-        names = some([path.name for path in folders])
-        notes.append(
-            f"did not search {counted(folders, 'sub-folder')} with"
-            f" {counted(inside, 'image')} ({names}): move images and captions up to use"
-            " them"
-        )
-    known = {*images, *captions.values()}
-    others = [path for path in files if path not in known]
-    if others:
-        counts = Counter(path.suffix.lower() or "no suffix" for path in others).most_common()
-        names = some([f"{number} {suffix}" for suffix, number in counts])
-        notes.append(
-            f"ignored {counted(others, 'file')} of other kinds ({names}): convert any"
-            " images among them to PNG"
-        )
-    return pairs, skipped, notes
-
-
-def read_caption(path: Path) -> str:
-    """ValueError says why there is none."""
-    try:
-        caption = tidy(path.read_text("utf-8-sig"))
-    except FileNotFoundError:
-        raise ValueError(f"it has no caption {path.name}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path.name} is not UTF-8 text") from None
-    except OSError as error:
-        raise ValueError(f"{path.name} can't be read ({error.strerror})") from None
-    if not caption:
-        raise ValueError(f"{path.name} is empty")
-    return caption
-
-
-@dataclass
-class ImageFile:
-    path: Path
-    fingerprint: list | None = None
-    fault: str | None = None
-    flat: bool = False  # of one value all over
-
-
-def look_at(path: Path, caption: str, is_cached: Callable[[list], bool]) -> ImageFile:
-    """Check an image; one whose latents are cached is not opened."""
-    image = ImageFile(path)
-    try:
-        image.fingerprint = fingerprint(path)
-        if not is_cached([caption, *image.fingerprint]):
-            pixels = open_image(path, 64)
-            spread = pixels.amax((2, 3)) - pixels.amin((2, 3))
-            image.flat = spread.max().item() < 3 / 255  # of [-1, 1]: about one of 255 levels
-    except Exception as error:  # Pillow raises exceptions of many kinds
-        image.fault = str(error) or type(error).__name__
-    return image
-
-
-def fingerprint(path: Path) -> list:
-    """Identify a file by its size and a hash of 256 evenly spaced pieces, 16 MiB in all."""
-    size = path.stat().st_size
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        for k in range(256):
-            file.seek(size * k // 256)
-            found.update(file.read(2**16))
-    return [size, found.hexdigest()]
-
-
-def open_image(path: Path, resolution: int) -> Tensor:
-    """Image (1, 3, h, w) in [-1, 1], the first frame, cut to the bucket of the nearest shape."""
-    image = load_image(str(path), convert_method=on_white)
-    buckets = generate_aspect_ratio_buckets(resolution)
-    height, width = buckets[find_nearest_bucket(image.height, image.width, buckets)]
-    processor = VaeImageProcessor(resample="lanczos")
-    image = processor.resize(image, height, width, resize_mode="crop")
-    return processor.preprocess(image, height, width)
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """As RGB of 8 bits, transparency composited onto white."""
-    if image.mode[0] in "IF":
-        image = eight_bits(image)
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
-
-
-def eight_bits(image: Image.Image) -> Image.Image:
-    """A grey image of 16 or 32 bits a pixel (modes I;16, I and F) in 8 bits; black is 0.
-
-    White is 65535 for 16-bit integers. For others it is the least of 1 (floats only), 255, 65535
-    and 2^31 - 1 (integers only) that no value exceeds. Floats may exceed black and white by a
-    quarter of the range, as resampled ones do: they are clipped. ValueError for all else.
-    """
-    values = np.asarray(image).astype(np.float64)
-    low, high = values.min(), values.max()
-    if not np.isfinite(low + high):
-        raise ValueError("it has NaN or infinity among its values")
-    whites = {"I": (255, 65535, 2**31 - 1), "F": (1, 255, 65535)}.get(image.mode, (65535,))
-    slack = 0.25 if image.mode == "F" else 0.0
-    white = next((white for white in whites if high <= (1 + slack) * white), 0)
-    if not white or low < -slack * white:
-        raise ValueError(f"its values run from {low:g} to {high:g}: save it with 8 or 16 bits")
-    return Image.fromarray((255 * (values / white).clip(0, 1)).round().astype(np.uint8))
 
 
 # ----------------------------------------------------------------------------------- phase 1: cache
@@ -1305,7 +968,10 @@ class Cache:
         return draw_noise(self.settings, self.model, keys)
 
     def held_out(self, texts: list[int], purpose: str) -> tuple[dict[str, Tensor], Tensor]:
-        """Conditions of these texts, repeated --noises times, and a noise sample for each row."""
+        """Conditions of these texts, --noises times, and a noise sample for each row.
+
+        The first len(texts) rows have each text once, the next ones again, with other noise.
+        """
         rows = [(i, k) for k in range(self.settings.noises) for i in texts]
         cond = self.conditions([i for i, _ in rows], self.settings.guidance)
         return cond, self.noise([(purpose, *row) for row in rows])
@@ -1324,64 +990,71 @@ def draw_noise(settings: Settings, model: Model, keys: list[tuple]) -> Tensor:
 
 
 def fill_cache(settings: Settings, cache: Cache) -> None:
-    """Phase 1: fill in the missing entries of the cache.
-
-    A batch always consists of the same entries: its rounding depends on all of them.
-    """
-    model = cache.model
+    """Phase 1: fill in the missing entries of the cache."""
     data = cache.data
+    made = fill(settings, cache, "text", encode_captions)
+    if made:
+        name_cut_texts(settings, cache.model, [data.texts[i] for i in made])
+    fill(settings, cache, "latent", encode_images if data.pairs[0].image else sample_teacher)
+
+
+Entries = list[dict[str, Tensor]]
+
+
+def fill(
+    settings: Settings, cache: Cache, kind: str, make: Callable[[Settings, Cache, range], Entries]
+) -> list[int]:
+    """Make the missing entries of a kind; returns their places.
+
+    A batch always consists of the same entries, for its rounding depends on all of them.
+    """
     machine = cache.machine
-    family = model.family
+    count = len(cache.keys[kind])
+    starts = range(0, count, settings.batch)[machine.process :: machine.processes]
+    made = []
+    for start in machine.progress(starts, f"cache: {kind}s", unit="batch"):
+        places = range(count)[start : start + settings.batch]
+        missing = [i for i in places if not cache.is_whole(kind, i)]
+        if not missing:
+            continue
+        for path in [cache.path(kind, i) for i in missing]:
+            if path.exists():
+                tqdm.write(f"{path} is damaged: it is recreated")
+        for i, tensors in zip(places, make(settings, cache, places)):
+            if i in missing:
+                cache.write(kind, i, tensors)
+        made += missing
+    machine.wait()
+    if not cache.is_complete(kind):  # others made the rest; latents are made from the texts
+        die(
+            f"--out {settings.out} is not a folder that all machines share: put it on a shared disk"
+        )
+    return made
 
-    def encode_images(places: range) -> list[dict[str, Tensor]]:
-        pipe = model.load("image")
-        images = [data.pairs[i].image() for i in places]
-        return [{"latent": family.encode_image(pipe, image)[0]} for image in images]
 
-    def sample_teacher(places: range) -> list[dict[str, Tensor]]:
-        teacher = partial(family.velocity, model.load("image").transformer)
-        cond = cache.conditions([data.pairs[i].text for i in places], family.pool_guidance)
-        noise = cache.noise([("pool", data.pairs[i].number) for i in places])
-        times = sc.time_grid(settings.teacher_steps, sum(settings.shift_range) / 2)
-        latents = sc.euler_sample(teacher, noise, times.to(machine.device), **cond)
-        return [{"latent": latent} for latent in latents]
+def encode_captions(settings: Settings, cache: Cache, places: range) -> Entries:
+    return encode_texts(settings, cache.model, [cache.data.texts[i] for i in places])
 
-    def fill(kind: str, make: Callable[[range], list[dict[str, Tensor]]]) -> list[int]:
-        """Make the missing entries of a kind; returns their places."""
-        count = len(cache.keys[kind])
-        starts = range(0, count, settings.batch)[machine.process :: machine.processes]
-        made = []
-        for start in machine.progress(starts, f"cache: {kind}s", unit="batch"):
-            places = range(count)[start : start + settings.batch]
-            missing = [i for i in places if not cache.is_whole(kind, i)]
-            if not missing:
-                continue
-            for path in [cache.path(kind, i) for i in missing]:
-                if path.exists():
-                    tqdm.write(f"{path} is damaged: it is recreated")
-            for i, tensors in zip(places, make(places)):
-                if i in missing:
-                    cache.write(kind, i, tensors)
-            made += missing
-        machine.wait()
-        if not cache.is_complete(kind):  # others made the rest; latents are made from the texts
-            die(
-                f"--out {settings.out} is not a folder that all machines share: put it on a shared"
-                " disk"
-            )
-        return made
 
-    def encode(places: range) -> list[dict[str, Tensor]]:
-        return encode_texts(settings, model, [data.texts[i] for i in places])
+def encode_images(settings: Settings, cache: Cache, places: range) -> Entries:
+    pipe = cache.model.load("image")
+    images = [cache.data.pairs[i].image() for i in places]
+    return [{"latent": cache.model.family.encode_image(pipe, image)[0]} for image in images]
 
-    texts = [data.texts[i] for i in fill("text", encode)]
-    if texts:
-        name_cut_texts(settings, model, texts)
-    fill("latent", encode_images if data.pairs[0].image else sample_teacher)
+
+def sample_teacher(settings: Settings, cache: Cache, places: range) -> Entries:
+    family = cache.model.family
+    pairs = [cache.data.pairs[i] for i in places]
+    teacher = partial(family.velocity, cache.model.load("image").transformer)
+    cond = cache.conditions([pair.text for pair in pairs], family.pool_guidance)
+    noise = cache.noise([("pool", pair.number) for pair in pairs])
+    times = sc.time_grid(settings.teacher_steps, sum(settings.shift_range) / 2)
+    latents = sc.euler_sample(teacher, noise, times.to(cache.machine.device), **cond)
+    return [{"latent": latent} for latent in latents]
 
 
 def encode_texts(settings: Settings, model: Model, texts: list[str]) -> list[dict[str, Tensor]]:
-    """What the family's text encoders make of each text."""
+    """The embeddings of each text."""
     pipe = model.load("text")
     length = text_length(settings, model)
     return [model.family.encode_text(pipe, text, length) for text in texts]
@@ -1412,7 +1085,7 @@ def name_cut_texts(settings: Settings, model: Model, texts: list[str]) -> None:
         advice += f", or give --text-tokens up to {most}"
     title = f"cut {len(cut)} of {counted(texts, 'text')} to {length} tokens; {advice}:"
     # On stderr, since --sample prints paths to stdout.
-    tqdm.write(some([title, *cut], "\n  ", most=6), file=sys.stderr)
+    tqdm.write(first_few([title, *cut], "\n  ", most=6), file=sys.stderr)
 
 
 # ---------------------------------------------------- the LoRA, which holds several sets of weights
@@ -1484,7 +1157,8 @@ class LoRA:
         views = [part.view(matrix.shape) for part, matrix in zip(parts, matrices)]
         self.switch = SimpleNamespace(on=False)
         self.layers = {}
-        for (name, base), A, B in zip(bases.items(), views, views[len(bases) :]):
+        count = len(bases)
+        for (name, base), A, B in zip(bases.items(), views[:count], views[count:], strict=True):
             self.layers[name] = LoRALinear(base, A, B, self.switch)
             net.set_submodule(name, self.layers[name])
         layers = self.layers.values()
@@ -1564,19 +1238,19 @@ class LoRA:
         """Compute in float32, one layer at a time, so that the network keeps its size."""
         narrow = {}
 
-        def widen(module, inputs):
+        def to_float32(module, inputs):
             narrow[module] = dict(module.named_parameters(recurse=False))
             for name, p in narrow[module].items():
                 setattr(module, name, torch.nn.Parameter(p.float(), requires_grad=False))
 
-        def restore(module, inputs, output):
+        def to_own_type(module, inputs, output):
             for name, p in narrow.pop(module).items():
                 setattr(module, name, p)
 
         hooks = []
         for module in self.net.modules():
-            hooks.append(module.register_forward_pre_hook(widen))
-            hooks.append(module.register_forward_hook(restore))
+            hooks.append(module.register_forward_pre_hook(to_float32))
+            hooks.append(module.register_forward_hook(to_own_type))
         try:
             yield
         finally:
@@ -1674,7 +1348,7 @@ class TrainState:
         """Write one file, atomically."""
         moments = {name: self.optimizer.state[self.student][name] for name in MOMENTS}
         metadata = {
-            "settings": run.settings,
+            "settings": run.identity,
             "rows": self.rows,
             "done": self.done,
             "checks": self.checks,
@@ -1727,15 +1401,15 @@ def train(
     while state.iteration < settings.iterations:
         began = time.perf_counter()
         iteration = state.iteration + 1
-        # Passes share U, shifted by 1 / passes from one to the next: then they have as many teacher
-        # rows as one large batch. (Matched windows have nothing but teacher rows.)
+        # U is shifted by 1 / passes from pass to pass, so that all passes together have as many
+        # teacher rows as one large batch. (Matched windows have nothing but teacher rows.)
         U = torch.rand(1, generator=keyed(settings.seed, "fraction", iteration)).item()
         sums = torch.zeros(len(names), device=machine.device)
         counts = torch.zeros(len(names), device=machine.device)
-        for number in range(machine.process, passes, machine.processes):
-            generator = keyed(settings.seed, "train", iteration, number)
+        for pass_index in range(machine.process, passes, machine.processes):
+            generator = keyed(settings.seed, "train", iteration, pass_index)
             x_0, noise, cond = draw_batch(settings, cache, pool, generator)
-            U_of_pass = (U + number / passes) % 1
+            U_of_pass = (U + pass_index / passes) % 1
             loss, log = loss_of(lora, state, x_0, noise, cond, U_of_pass, generator)
             loss.backward()
             lora.move_gradients(student, 1 / passes)
@@ -1842,15 +1516,18 @@ def watch(
             if stop:
                 machine.wait()  # for the one that saves
                 die(f"stopped after iteration {iteration}; the same command resumes there")
-            if not due or "rmse" in state.rows[-1]:
+            is_validated = "rmse" in state.rows[-1]
+            if is_validated or not due:
                 continue
-            lost = False
+            is_hopeless = False
             if machine.lead:
                 with on_stop(stop_now):
                     bar.set_description("validate")  # the first takes minutes, later ones seconds
-                    lost = validate(settings, run, validation, state, bar)
+                    is_hopeless = validate(settings, run, validation, state, bar)
                     bar.set_description("train")
-            if machine.any(lost):  # the same command would repeat this validation and stop again
+            if machine.any(
+                is_hopeless
+            ):  # the same command would repeat this validation and stop again
                 words = f"diverged student; {LOWER_RATE}"
                 if machine.lead:
                     words = verdict(settings, state.rows[-1])
@@ -1867,25 +1544,28 @@ def watch(
 def validate(
     settings: Settings, run: Run, validation: Validation, state: TrainState, bar: tqdm
 ) -> bool:
-    """Add a validation to the log, and see whether training is done; returns whether it is lost."""
+    """Add a validation to the last row and set state.done; returns whether there is no hope."""
     row = state.rows[-1]
     iteration = state.iteration
     N = settings.student_steps
     row |= validation.report(state.student, run.out / f"validation/{iteration:06d}.png")
     bar.set_postfix({f"lam*({N})": f"{row[f'lam_{N}']:.2f}"})
-    lost = has_diverged(settings, row, 5.0)
+    is_hopeless = has_diverged(settings, row, 5.0)
     words = verdict(settings, row)
-    if 2 * iteration >= settings.iterations and not lost and "WARNING" in words:
+    if 2 * iteration >= settings.iterations and not is_hopeless and "WARNING" in words:
         tqdm.write(f"iteration {iteration}: {words}")
     write_log(run.out, state.rows)
     draw_log(settings, run.out, state.rows)
     is_matched = settings.stop_when_matched and has_matched(settings, state.rows)
     state.done = iteration == settings.iterations or is_matched
-    return lost
+    return is_hopeless
 
 
 def has_matched(settings: Settings, rows: list[dict]) -> bool:
-    """lam* is at most 1.05, or its mean over five validations fell by less than 1 % in five."""
+    """Whether the student beats the teacher by 2 %, and lam* is at most 1.05 or stalls.
+
+    It stalls if its mean over five validations fell by less than 1 % in the last five.
+    """
     name = f"lam_{settings.student_steps}"
     lams = [row[name] for row in rows if name in row]
     stalled = len(lams) >= 10 and sum(lams[-5:]) > 0.99 * sum(lams[-10:-5])
@@ -1927,16 +1607,14 @@ def draw_log(settings: Settings, out: Path, rows: list[dict]) -> None:
 
 # --------------------------------------------------------------------------------------- validation
 
-SCALES = (
-    0.05,
-    8.0,
-)  # of the LoRA are searched between these; a best one at either limit counts as none
+# Range of the LoRA scales that are searched; a best one at either end counts as none.
+SCALES = (0.05, 8.0)
 
 MOST_COLUMNS = 8  # of an image that compares
 
 
 class Validation:
-    """Held-out prompts and noises, on which the teacher's answers are kept."""
+    """Measures students on held-out prompts and noises; keeps the teacher's results."""
 
     def __init__(self, settings: Settings, cache: Cache, lora: LoRA):
         data = cache.data
@@ -1982,21 +1660,21 @@ class Validation:
         finite samples, five more around that; at last five close to the best. All lie in SCALES.
         """
         lam = self.lam(weights, steps)
-        distances = {}
+        distance_at = {}
 
-        def look(center: float, spread: float) -> float:
+        def try_scales(center: float, spread: float) -> float:
             tries = center * np.linspace(1 - spread, 1 + spread, 5)
             for scale in tries.round(3).clip(*SCALES).tolist():
-                if scale not in distances:
-                    distances[scale] = self.distance(self.end(weights, steps, scale))
-            best = min(distances, key=distances.get)
-            return best if math.isfinite(distances[best]) else min(distances)
+                if scale not in distance_at:
+                    distance_at[scale] = self.distance(self.end(weights, steps, scale))
+            best = min(distance_at, key=distance_at.get)
+            return best if math.isfinite(distance_at[best]) else min(distance_at)
 
-        best = look(min(max(lam, 0.1), 5.0) if math.isfinite(lam) else 1.0, 0.4)
-        while best in (min(distances), max(distances)) and best not in SCALES:
-            best = look(best, 0.4)
-        best = look(best, 0.15)
-        return distances[best], best
+        best = try_scales(min(max(lam, 0.1), 5.0) if math.isfinite(lam) else 1.0, 0.4)
+        while best in (min(distance_at), max(distance_at)) and best not in SCALES:
+            best = try_scales(best, 0.4)
+        best = try_scales(best, 0.15)
+        return distance_at[best], best
 
     def measure(self, weights: Tensor, end: Tensor, steps: list[int]) -> dict[str, float]:
         """lam* for these numbers of steps; how far teacher and student end from many steps."""
@@ -2028,19 +1706,21 @@ def has_diverged(settings: Settings, row: dict[str, float], factor: float = 2.0)
 
 
 def verdict(settings: Settings, row: dict[str, float], has_scale: bool = True) -> str:
-    """In words, whether the student learned; has_scale: a scale was found, or may be."""
+    """In words, whether the student learned. has_scale: False if none was found for N steps."""
     N = settings.student_steps
     student = row["rmse"]
     teacher = row["teacher_rmse"]
     lam = row[f"lam_{N}"]
     distances = (
-        f"in {N} steps the student's RMSE to the teacher's {settings.teacher_steps} steps is"
-        f" {student:.3f}, the teacher's own {teacher:.3f}"
+        f"in {counted(N, 'step')} the student's RMSE to the teacher's {settings.teacher_steps} steps"
+        f" is {student:.3f}, the teacher's own {teacher:.3f}"
     )
     if not math.isfinite(student):
-        distances = f"in {N} steps its latents hold NaN or infinity"
+        distances = f"in {counted(N, 'step')} its latents hold NaN or infinity"
     if has_diverged(settings, row):
         return f"WARNING, diverged student: {distances}; {LOWER_RATE}"
+    if lam <= 0:
+        return f"WARNING, led astray: lam* is {lam:.2f}; {distances}; {LOWER_RATE}"
     if lam < 0.8 and abs(student - teacher) > 0.02 * teacher:
         way_out = "use its scale, or train shorter" if has_scale else "train shorter"
         return f"WARNING, overshot: lam* is {lam:.2f}; {distances}; {way_out}"
@@ -2068,111 +1748,6 @@ def draw(settings: Settings, rows: list[Tensor], texts: list[str], path: Path) -
     with atomic(path) as part, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fonts may lack glyphs
         figure.savefig(part, format="png", dpi=110)
-
-
-# ------------------------------------------------------------------------------ check of the device
-
-
-class Check(NamedTuple):
-    """Something that a GPU may get wrong without an error."""
-
-    bound: float  # the largest relative difference that is taken for rounding
-    what: str
-    reference: str
-    advice: str
-
-
-TRY_KERNELS = "try DIFFUSERS_ATTN_BACKEND=_native_math, another version of PyTorch, or no --compile"
-TRY_DIFFUSERS = "try another version of diffusers"
-PLAIN = "that with PyTorch's plain attention"
-CHECKS = {
-    "gradient": Check(0.05, "the student's gradient", PLAIN, TRY_KERNELS),
-    "teacher": Check(0.25, "the teacher's velocity", "the same in float32", TRY_KERNELS),
-    "student": Check(0.25, "the student's velocity", "the same in float32", TRY_KERNELS),
-    "pipeline": Check(0.03, "our sampler's result", "the stock pipeline's", TRY_DIFFUSERS),
-}
-
-
-def check_device(settings: Settings, cache: Cache, lora: LoRA) -> dict[str, float]:
-    """End with a sentence if what this device computes is wrong; else what was found."""
-    found = device_errors(settings, cache, lora)
-    for name, value in found.items():
-        check = CHECKS[name]
-        if not value < check.bound:  # or not a number
-            die(
-                f"on this device {check.what} differs from {check.reference} by {value:.2g} of its"
-                f" size (at most {check.bound:g} is rounding): training would go wrong;"
-                f" {check.advice}"
-            )
-    return found
-
-
-def device_errors(settings: Settings, cache: Cache, lora: LoRA) -> dict[str, float]:
-    """Compare what this device computes with what it should, on one row; relative differences.
-
-    All of these errors are silent: finite numbers, and a student that learns something else. The
-    LoRA is drawn away from the teacher, so that every weight of it has a gradient.
-    """
-    data = cache.data
-    device = cache.machine.device
-    generator = keyed(settings.seed, "check device")
-    # Cropped: plain attention takes memory by the square of the tokens.
-    x_0 = cache.latent(0)[None, :, :64, :64].to(device)
-    noise = torch.randn(x_0.shape, generator=generator).to(device)
-    t = torch.full((1,), 0.5, device=device)  # which bfloat16 does not round, times 1000
-    x_t = sc.interpolate(x_0, noise, t)
-    cond = cache.conditions([data.pairs[0].text], settings.guidance)
-    weights = lora.loaded_weights()
-    count_B = len(weights) - lora.first_B
-    weights[lora.first_B :] += 0.01 * torch.randn(count_B, generator=generator).to(device)
-
-    def gradient(rows: int) -> Tensor:
-        """Of the mean loss of `rows` equal rows: the same for any number of them."""
-
-        def repeat(x: Tensor) -> Tensor:
-            return x.repeat_interleave(rows, 0)
-
-        many = {name: repeat(x) for name, x in cond.items()}
-        v = lora.velocity(weights)(repeat(x_t), repeat(t), **many)
-        (v - repeat(noise - x_0)).square().mean().backward()
-        holder = torch.empty_like(weights)
-        lora.move_gradients(holder, 1.0)
-        return holder.grad
-
-    def velocities(dtype: torch.dtype | None) -> list[Tensor]:
-        return [lora.velocity(ws, dtype=dtype)(x_t, t, **cond) for ws in (None, weights)]
-
-    def difference(x: Tensor, reference: Tensor) -> float:
-        return ((x - reference).norm() / reference.norm()).item()
-
-    @contextmanager
-    def plainly():
-        """Eager, and with PyTorch's plain attention, whatever DIFFUSERS_ATTN_BACKEND says."""
-        with torch.compiler.set_stance("force_eager"), attention_backend("_native_math"):
-            yield
-
-    found = {}
-    in_use = gradient(settings.batch)
-    with plainly():
-        lora.recompute(1)
-        found["gradient"] = difference(in_use, gradient(1))
-        lora.recompute(settings.recompute_every)
-    with torch.no_grad():
-        ours = velocities(None)
-        if not settings.quantize:  # int8 has no float32 to be compared with
-            with plainly(), lora.in_float32():
-                references = velocities(torch.float32)
-            for name, v, reference in zip(("teacher", "student"), ours, references):
-                found[name] = difference(v, reference)
-    N = settings.student_steps
-    shift = settings.shift
-    held_out_cond, start = cache.held_out([0], "check")
-    times = sc.time_grid(N, shift).to(device)
-    our_latents = sc.euler_sample(lora.velocity(None), start, times, **held_out_cond)
-    lora.use(None)
-    stock = stock_sample(cache.model, start, N, held_out_cond, shift, settings.batch)
-    found["pipeline"] = difference(our_latents, stock)
-    return found
 
 
 # ---------------------------------------------------------------------- phase 3: calibrate and save
@@ -2241,7 +1816,7 @@ def calibrate(settings: Settings, run: Run, validation: Validation, state: Train
         "note": note,
         "checks": state.checks,
         "relative_change": lora.relative_change(weights, scales[N]),
-        "settings": run.settings,
+        "settings": run.identity,
         "key": run.key,
     }
     model.family.pipeline.save_lora_weights(
@@ -2255,8 +1830,8 @@ def no_scale(steps: list[int]) -> str:
     """Says for which numbers of steps the LoRA has no scale to recommend."""
     low, high = SCALES
     return (
-        f"For {listed(steps)} steps no scale from {low:g} to {high:g} was best: 1 is a placeholder,"
-        " not a recommendation"
+        f"For {listed(steps)} steps no scale between {low:g} and {high:g} is a clear optimum: 1 is a"
+        " placeholder, not a recommendation"
     )
 
 
@@ -2345,6 +1920,7 @@ def compare(settings: Settings, cache: Cache, run: Run) -> dict:
         "noises": len(noise),
         "self_check": check,
         "adapter": adapter,
+        # Each sample with that of the same text and the next noise.
         "seed_to_seed": rms(fine - fine.roll(len(data.comparison), 0)),
         "teacher_steps": settings.teacher_steps,
     }
@@ -2380,8 +1956,8 @@ def render(settings: Settings, machine: Machine) -> None:
     model.download()
     if adapter["settings"]["model"] != model.fingerprint:
         die(
-            f"{out / LORA} was made for {adapter['base_model']}: --model {settings.model} is"
-            " another"
+            f"{out / LORA} was made for {adapter['base_model']}, and --model {settings.model} is a"
+            " different model: give the one it was made for"
         )
     texts = list(settings.sample)
     encoded = encode_texts(settings, model, texts)
@@ -2417,6 +1993,12 @@ def follow_adapter(settings: Settings, adapter: dict) -> Settings:
     }
     made_with["text_tokens"] = adapter["max_sequence_length"]
     made_with["quantize"] = adapter["settings"]["quantize"]
+    made_with["model"] = adapter["base_model"]
+    if "/" not in made_with["model"] and "model" not in settings.given:
+        die(
+            f"the adapter in --out {settings.out} was made for {made_with['model']}, a folder: say"
+            " where it is with --model"
+        )
     for name in settings.given & made_with.keys():
         del made_with[name]
     settings = replace(settings, **made_with)
@@ -2437,6 +2019,356 @@ def follow_adapter(settings: Settings, adapter: dict) -> Settings:
     return settings
 
 
+# --------------------------------------------------------------------------------------------- data
+
+PROMPTS = """\
+a red fox asleep in fresh snow, soft morning light
+a bowl of ramen, seen from above
+an old fisherman mending a net, black and white
+a lighthouse on a cliff in a storm, oil painting
+a hand-painted shop sign that says "FRESH BREAD"
+a city street at night in the rain, neon lights
+an astronaut playing chess with a cat, watercolour
+a glass teapot with blooming tea, macro
+a crowd at a summer music festival, wide angle
+a tiny library with a spiral stair, isometric
+a hummingbird at a purple flower, wings blurred
+a knight in worn armour under a cherry tree
+a yellow taxi before a white brick wall
+a map of an imaginary island, ink on old paper
+two children running along a beach at sunset
+a green sports car on a mountain pass, motion blur
+a cup of coffee beside an open notebook
+a dragon made of origami paper on a desk
+an elderly woman laughing, close-up, natural light
+a wooden cabin by a lake under the Milky Way
+a corgi in a raincoat jumping over a puddle
+a marble statue overgrown with ivy in a ruined temple
+a robot watering plants on a balcony, pencil drawing
+a plate of strawberries, still life"""
+
+
+class Example(NamedTuple):
+    """What a source of data yields: a caption, and an image or none.
+
+    A new source is a function that returns a list of these, called in read_data.
+    """
+
+    caption: str
+    identity: list  # what its latent depends on, besides what all latents of the run do
+    image: Callable[[], Tensor] | None  # opens it: (1, 3, h, w) in [-1, 1]; None: the teacher's
+
+
+class Pair(NamedTuple):
+    """An example that is trained on."""
+
+    text: int  # the caption's place in Data.texts
+    image: Callable[[], Tensor] | None
+    number: int  # among all examples of the source: it is the key of the noise
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on and is judged by."""
+
+    texts: list[str]  # all captions and prompts, the held-out ones first
+    pairs: list[Pair]
+    held_out: list[str]
+    validation: list[int]  # places in texts
+    comparison: list[int]
+    text_keys: list[str]  # identify the embeddings and latents in the cache
+    latent_keys: list[str]
+    fingerprint: str  # of what is trained on
+
+
+def read_data(settings: Settings, model: Model) -> Data:
+    """Prompts and pairs, without the held-out prompts among the pairs."""
+    machine = model.machine
+    prompts, held_out = read_prompts(settings.prompts, settings.held_out, not settings.images)
+
+    # What all latents of this run depend on. Those of the teacher's images also depend on the
+    # embeddings, noise and shift, and by rounding on what shares their batch.
+    made_with = [VERSION, model.fingerprint, machine.device, settings.resolution]
+    if not settings.images:
+        made_with += [settings.text_tokens, settings.quantize, settings.batch]
+        made_with += [settings.seed, settings.shift_range]
+
+    def latent_key(identity: list) -> str:
+        return digest([*made_with, *identity])
+
+    def is_cached(identity: list) -> bool:
+        return cache_file(settings.out, "latent", latent_key(identity)).exists()
+
+    if settings.images:
+        examples = read_images(settings.images, settings.resolution, machine, is_cached)
+    else:
+        how = [settings.teacher_steps, model.family.pool_guidance]
+        examples = [Example(text, [text, i, *how], None) for i, text in enumerate(prompts)]
+    held_out_texts = {text.casefold() for text in held_out}
+    numbered = []
+    for number, example in enumerate(examples):
+        if example.caption.casefold() not in held_out_texts:
+            numbered.append((number, example))
+    left_out = len(examples) - len(numbered)
+    if settings.images and machine.lead and left_out:
+        print(f"left out {counted(left_out, 'image')}: the caption is a held-out prompt")
+    if machine.lead and settings.limit > len(numbered) > 0:
+        print(
+            f"--limit {settings.limit} is more than the {len(numbered)} pairs there are: all are"
+            " used"
+        )
+    numbered = numbered[: settings.limit or None]
+    if not numbered:  # only with --images: read_prompts checks the other case
+        die(
+            f"every caption in --images {settings.images} is also one of the {len(held_out)}"
+            " held-out prompts: give --prompts a file that ends with other lines"
+        )
+    kept = [example for _, example in numbered]
+    texts = list(dict.fromkeys([*held_out, *(example.caption for example in kept)]))
+    places = {text: i for i, text in enumerate(texts)}
+    third = max(1, len(held_out) // 3)
+
+    def text_key(text: str) -> str:
+        return digest([VERSION, model.fingerprint, machine.device, settings.text_tokens, text])
+
+    return Data(
+        texts=texts,
+        pairs=[Pair(places[one.caption], one.image, number) for number, one in numbered],
+        held_out=held_out,
+        validation=list(range(third)),
+        comparison=list(range(third, len(held_out))),
+        text_keys=[text_key(text) for text in texts],
+        latent_keys=[latent_key(example.identity) for example in kept],
+        fingerprint=digest([example.identity for example in kept]),
+    )
+
+
+def read_prompts(file: Path | None, held_out: int, needs_more: bool) -> tuple[list[str], list[str]]:
+    """All prompts, and the last `held_out` different ones; needs_more: there must be others.
+
+    Blank lines and lines that start with # are skipped.
+    """
+    if file:
+        source = f"--prompts {file}"
+        with explain(
+            f"{source} can't be read as a text file: give one in UTF-8, a prompt a line",
+            OSError,
+            UnicodeDecodeError,
+        ):
+            lines = file.read_text("utf-8-sig").split("\n")  # splitlines knows other ends, too
+    else:
+        source = "the built-in list"
+        lines = PROMPTS.splitlines()
+    prompts = []
+    for number, line in enumerate(map(tidy, lines), 1):
+        if line and not line.startswith("#"):
+            option = OPTION.search(line)
+            if option:
+                die(f"{source}, line {number} {no_options(option)}")
+            prompts.append(line)
+    distinct = {}
+    for prompt in prompts:
+        distinct.setdefault(prompt.casefold(), prompt)
+    different = len(distinct)
+    needed = held_out + needs_more
+    if different < needed:
+        die(
+            f"{source} has {different} different prompts, upper and lower case being the same, and"
+            f" --held-out {held_out} needs {needed}: give --prompts a longer file, or give a"
+            " smaller --held-out"
+        )
+    return prompts, list(distinct.values())[-held_out:]
+
+
+# ------------------------------------------------------------------------- data: a folder of images
+
+
+def read_images(
+    folder: Path, resolution: int, machine: Machine, is_cached: Callable[[list], bool]
+) -> list[Example]:
+    """The images of a folder with their captions; what can't be used is named and counted.
+
+    To check them, those whose latents are not cached are opened, each by one process.
+    """
+    if not folder.is_dir():
+        die(f"--images {folder} is no folder: give one with images, and captions in NAME.txt")
+    pairs, skipped, notes = list_images(folder)
+    mine = pairs[machine.process :: machine.processes]
+    bar = machine.progress(mine, "check images", unit="image")
+    checked = machine.collect([check_image(path, caption, is_cached) for path, caption in bar])
+    looked_at = {image.path: image for image in checked}
+    found = []
+    flat = []
+    for path, caption in pairs:
+        image = looked_at[path]
+        if image.fault:
+            skipped.append(f"{path.name}: {image.fault}")
+            continue
+        if image.flat:
+            flat.append(path.name)
+        identity = [caption, *image.fingerprint]
+        found.append(Example(caption, identity, partial(open_image, path, resolution)))
+    if flat:
+        notes.append(
+            f"kept {counted(flat, 'image')} of a single colour ({first_few(flat)}): remove"
+            " what should not be trained on"
+        )
+    if machine.lead and skipped:
+        print(f"skipped {len(skipped)}, kept {len(found)} images; fix these to use them:")
+        print("  " + first_few(skipped, "\n  "))
+    if machine.lead and notes:
+        print(*notes, sep="\n")
+    if not found:
+        die(f"--images {folder} has no image with a caption: NAME.png goes with NAME.txt")
+    return found
+
+
+def list_images(folder: Path) -> tuple[list[tuple[Path, str]], list[str], list[str]]:
+    """Images with their captions, why others are skipped, and notes on the other files.
+
+    Hidden files are ignored, sub-folders are not searched.
+    """
+    Image.init()
+    kinds = Image.registered_extensions()
+    visible = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    folders = [path for path in visible if path.is_dir()]
+    files = [path for path in visible if not path.is_dir()]
+    images = [path for path in files if path.suffix.lower() in kinds]
+    captions = {path.stem: path for path in files if path.suffix.lower() == ".txt"}
+    pairs = []
+    skipped = []
+    with_options = []
+    for path in images:
+        try:
+            caption = read_caption(captions.get(path.stem, path.with_suffix(".txt")))
+        except ValueError as error:
+            skipped.append(f"{path.name}: {error}")
+            continue
+        pairs.append((path, caption))
+        if OPTION.search(caption):
+            with_options.append(path.stem + ".txt")
+
+    notes = []
+    without_image = sorted(captions.keys() - {path.stem for path in images})
+    if without_image:
+        names = first_few([captions[stem].name for stem in without_image])
+        count = counted(without_image, "caption")
+        notes.append(
+            f"ignored {count} without an image ({names}): add the images if they should be there"
+        )
+    if with_options:
+        names = first_few(with_options)
+        notes.append(
+            f"kept {counted(with_options, 'caption')} with options like --ar 16:9, which"
+            f" are trained on as words ({names}): remove them from the text"
+        )
+    if folders:
+        below = [path for sub in folders for path in sub.rglob("*")]
+        inside = [path for path in below if path.suffix.lower() in kinds]
+        names = first_few([path.name for path in folders])
+        notes.append(
+            f"did not search {counted(folders, 'sub-folder')} with"
+            f" {counted(inside, 'image')} ({names}): move images and captions up to use"
+            " them"
+        )
+    known = {*images, *captions.values()}
+    others = [path for path in files if path not in known]
+    if others:
+        counts = Counter(path.suffix.lower() or "no suffix" for path in others).most_common()
+        names = first_few([f"{number} {suffix}" for suffix, number in counts])
+        notes.append(
+            f"ignored {counted(others, 'file')} of other kinds ({names}): convert any"
+            " images among them to PNG"
+        )
+    return pairs, skipped, notes
+
+
+def read_caption(path: Path) -> str:
+    """ValueError says why there is none."""
+    try:
+        caption = tidy(path.read_text("utf-8-sig"))
+    except FileNotFoundError:
+        raise ValueError(f"it has no caption {path.name}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path.name} is not UTF-8 text") from None
+    except OSError as error:
+        raise ValueError(f"{path.name} can't be read ({error.strerror})") from None
+    if not caption:
+        raise ValueError(f"{path.name} is empty")
+    return caption
+
+
+@dataclass
+class ImageFile:
+    path: Path
+    fingerprint: list | None = None
+    fault: str | None = None
+    flat: bool = False  # of one value all over
+
+
+def check_image(path: Path, caption: str, is_cached: Callable[[list], bool]) -> ImageFile:
+    """Check an image; one whose latents are cached is not opened."""
+    image = ImageFile(path)
+    try:
+        image.fingerprint = fingerprint(path)
+        if not is_cached([caption, *image.fingerprint]):
+            pixels = open_image(path, 64)
+            spread = pixels.amax((2, 3)) - pixels.amin((2, 3))
+            image.flat = spread.max().item() < 3 / 255  # of [-1, 1]: about one of 255 levels
+    except Exception as error:  # Pillow raises exceptions of many kinds
+        image.fault = str(error) or type(error).__name__
+    return image
+
+
+def fingerprint(path: Path) -> list:
+    """Identify a file by its size and a hash of 256 evenly spaced pieces, 16 MiB in all."""
+    size = path.stat().st_size
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        for k in range(256):
+            file.seek(size * k // 256)
+            found.update(file.read(2**16))
+    return [size, found.hexdigest()]
+
+
+def open_image(path: Path, resolution: int) -> Tensor:
+    """Image (1, 3, h, w) in [-1, 1], the first frame, cut to the bucket of the nearest shape."""
+    image = load_image(str(path), convert_method=on_white)
+    buckets = generate_aspect_ratio_buckets(resolution)
+    height, width = buckets[find_nearest_bucket(image.height, image.width, buckets)]
+    processor = VaeImageProcessor(resample="lanczos")
+    image = processor.resize(image, height, width, resize_mode="crop")
+    return processor.preprocess(image, height, width)
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """As RGB of 8 bits, transparency composited onto white."""
+    if image.mode[0] in "IF":
+        image = eight_bits(image)
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 or 32 bits a pixel (modes I;16, I and F) in 8 bits; black is 0.
+
+    White is 65535 for 16-bit integers. For others it is the least of 1 (floats only), 255, 65535
+    and 2^31 - 1 (integers only) that no value exceeds. Floats may exceed black and white by a
+    quarter of the range, as resampled ones do: they are clipped. ValueError for all else.
+    """
+    values = np.asarray(image).astype(np.float64)
+    low, high = values.min(), values.max()
+    if not np.isfinite(low + high):
+        raise ValueError("it has NaN or infinity among its values")
+    whites = {"I": (255, 65535, 2**31 - 1), "F": (1, 255, 65535)}.get(image.mode, (65535,))
+    slack = 0.25 if image.mode == "F" else 0.0
+    white = next((white for white in whites if high <= (1 + slack) * white), 0)
+    if not white or low < -slack * white:
+        raise ValueError(f"its values run from {low:g} to {high:g}: save it with 8 or 16 bits")
+    return Image.fromarray((255 * (values / white).clip(0, 1)).round().astype(np.uint8))
+
+
 # ----------------------------------------------------------------------------------- the model card
 
 CARD = """{head}
@@ -2445,7 +2377,7 @@ CARD = """{head}
 A LoRA of rank {rank}, distilled with SCFM ([arXiv 2510.17858](https://arxiv.org/abs/2510.17858)).
 As an adapter of {title} it inherits that model's licence.
 {alarm}
-It was made on the base model in {precision}: use the same precision. {layers}
+In training the base model ran in {precision}: use the same. {layers}
 
 ![Teacher in {student_steps} steps, student in {student_steps}, teacher in {fine}](comparison.png)
 
@@ -2485,19 +2417,20 @@ Not suited: {unsuited}.
 
 {strengths}
 
-RMSE of latents / PSNR of images (dB) to {fine} steps of the teacher, {noises} noises, held-out
-prompts. Two seeds of the teacher are {seed_to_seed:.3f} apart. Scaled: by the last row.
+RMSE of latents / PSNR of images (dB) to {fine} steps of the teacher, {noises} samples of held-out
+prompts. Two samples of one prompt by the teacher differ by {seed_to_seed:.3f}. The scaled student
+has the scales of the last row.
 
 {table}
 
 ## How it was made
 
-Saved: the {weights}, after {iterations} iterations. {verdict} In a fresh diffusers pipeline the
-file gives the latents of training, relative difference {self_check:.1g}.
+Saved: the {weights}, after {iterations} iterations. {verdict} A fresh diffusers pipeline with this
+file reproduces latents of training to a relative difference of {self_check:.1g}.
 
 ## Cost
 
-{took}
+{costs}
 
 Settings: {list}.
 """
@@ -2514,58 +2447,58 @@ FADES = 0.003  # relative change of weights below which bfloat16 rounds much of 
 def card(results: dict, out: Path, family: type, machine: Machine) -> str:
     """The model card."""
     adapter = results["adapter"]
-    settings = adapter["settings"]
+    identity = adapter["settings"]
     N = adapter["student_steps"]
     shift = adapter["shift"]
-    dtype = precision = str(machine.dtype).removeprefix("torch.")
-    int8 = settings["quantize"] == "int8"
-    if int8:
-        precision = f"int8 (the weights of its transformer, by torchao) and {dtype}"
-    low, high = settings["shift_range"]
+    scale = adapter["scales"][N]
+    dtype = str(machine.dtype).removeprefix("torch.")
+    is_int8 = identity["quantize"] == "int8"
+    precision = f"int8 (the weights of its transformer, by torchao) and {dtype}"
+    low, high = identity["shift_range"]
     no_node = ""
     if low <= family.comfyui_shift <= high:
-        no_node = f"""Without a model sampling node ComfyUI samples at a shift of
-{family.comfyui_shift:.3f}, which lies in the range that this student was trained on, {low:g} to
-{high:g}."""
-    verdict = f"On the validation prompts, at scale 1: {adapter['note']}."
+        no_node = (
+            "Without a model sampling node ComfyUI samples at a shift of"
+            f" {family.comfyui_shift:.3f}, which lies in the range that this student was trained"
+            f" on, {low:g} to {high:g}."
+        )
+    sentence = f"On the validation prompts, at scale 1: {adapter['note']}."
     missing = adapter["uncalibrated"]
-    alarming = "WARNING" in verdict or missing
+    is_warning = "WARNING" in sentence or missing
     rows = ["| steps | scale, or strength | times for ManualSigmas |", "| --- | --- | --- |"]
-    for n, scale in adapter["scales"].items():
-        scale = "none found" if n in missing else scale
-        rows.append(f"| {n} | {scale} | `{times(n, shift)}` |")
-    return CARD.format(
-        **results
-        | adapter
-        | {
-            "head": card_head(adapter["base_model"], family),
-            "title": code(adapter["base_model"]),
-            "pipeline": family.pipeline.__name__,
-            "alarm": f"\n> Warning. {verdict}\n" if alarming else "",
-            "verdict": "" if alarming else verdict,
-            "precision": precision,
-            "int8": INT8 if int8 else "",
-            "quantized": ", quantization_config=int8" if int8 else "",
-            "layers": family.tools[settings["layers"]],
-            "scale": adapter["scales"][N],
-            "comfyui": family.comfyui.format(scale=adapter["scales"][N], **adapter),
-            "unsuited": family.unsuited,
-            "times": times(N, shift),
-            "no_node": no_node,
-            "strengths": "\n".join(rows),
-            "table": markdown(results),
-            "took": took(results),
-            "lora": LORA,
-            "fine": results["teacher_steps"],
-            "list": ", ".join(f"{name}: {code(value)}" for name, value in settings.items()),
-            "dtype": dtype,
-            "device": machine.device,
-            "out": out.resolve().name,
-        }
-    )
+    for n, scale_of_n in adapter["scales"].items():
+        shown = "none found" if n in missing else scale_of_n
+        rows.append(f"| {n} | {shown} | `{format_times(n, shift)}` |")
+    made_with = [f"{name}: {markdown_code(value)}" for name, value in identity.items()]
+    more = {
+        "head": card_head(adapter["base_model"], family),
+        "title": markdown_code(adapter["base_model"]),
+        "pipeline": family.pipeline.__name__,
+        "alarm": f"\n> Warning. {sentence}\n" if is_warning else "",
+        "verdict": "" if is_warning else sentence,
+        "precision": precision if is_int8 else dtype,
+        "int8": INT8 if is_int8 else "",
+        "quantized": ", quantization_config=int8" if is_int8 else "",
+        "layers": family.tools[identity["layers"]],
+        "scale": scale,
+        "comfyui": family.comfyui.format(scale=scale, **adapter),
+        "unsuited": family.unsuited,
+        "times": format_times(N, shift),
+        "no_node": no_node,
+        "strengths": "\n".join(rows),
+        "table": markdown(results),
+        "costs": card_costs(results),
+        "lora": LORA,
+        "fine": results["teacher_steps"],
+        "list": ", ".join(made_with),
+        "dtype": dtype,
+        "device": machine.device,
+        "out": out.resolve().name,
+    }
+    return CARD.format(**results | adapter | more)
 
 
-def took(results: dict) -> str:
+def card_costs(results: dict) -> str:
     """Seconds and memory of each phase, on what machine, and what was checked there."""
     rows = ["| phase | time | peak GPU memory |", "| --- | --- | --- |"]
     for name, phase in results["phases"].items():
@@ -2585,8 +2518,8 @@ def took(results: dict) -> str:
     words.append(f"The median change of a layer's weights is {change:.2%} of their norm.")
     if change < FADES:
         words.append(
-            "Merged into bfloat16 weights much of that is lost to rounding: load the file"
-            " as a LoRA instead."
+            "If merged into bfloat16 weights, much of this change is lost to rounding: load the"
+            " file as a LoRA instead."
         )
     return "\n".join([*rows, "", *words])
 
@@ -2605,13 +2538,13 @@ def card_head(base_model: str, family: type) -> str:
     return f"---\n{data.to_yaml()}\n---"
 
 
-def times(steps: int, shift: float) -> str:
+def format_times(steps: int, shift: float) -> str:
     """Times of a sampler with six significant digits, and without the e of small ones."""
     digits = partial(np.format_float_positional, precision=6, fractional=False, trim="-")
     return ", ".join(map(digits, sc.time_grid(steps, shift).tolist()))
 
 
-def code(value) -> str:
+def markdown_code(value) -> str:
     """A value as code in Markdown, whatever characters it holds."""
     text = " ".join(str(value).split())
     text = text.encode("utf-8", "replace").decode()  # names of files need not be UTF-8
@@ -2622,7 +2555,115 @@ def code(value) -> str:
     return f"{fence}{space}{text}{space}{fence}"
 
 
-# ---------------------------------------------------------------------- processes, device and costs
+# ------------------------------------------------------------------------------ check of the device
+
+
+class Check(NamedTuple):
+    """Something that a GPU may get wrong without an error."""
+
+    bound: float  # the largest relative difference that is taken for rounding
+    what: str
+    reference: str
+    advice: str
+
+
+TRY_KERNELS = "try DIFFUSERS_ATTN_BACKEND=_native_math, another version of PyTorch, or no --compile"
+
+TRY_DIFFUSERS = "try another version of diffusers"
+
+PLAIN = "that with PyTorch's plain attention"
+
+CHECKS = {
+    "gradient": Check(0.05, "the student's gradient", PLAIN, TRY_KERNELS),
+    "teacher": Check(0.25, "the teacher's velocity", "the same in float32", TRY_KERNELS),
+    "student": Check(0.25, "the student's velocity", "the same in float32", TRY_KERNELS),
+    "pipeline": Check(0.03, "our sampler's result", "the stock pipeline's", TRY_DIFFUSERS),
+}
+
+
+def check_device(settings: Settings, cache: Cache, lora: LoRA) -> dict[str, float]:
+    """The relative errors of this device; ends with a sentence if one is too large."""
+    found = device_errors(settings, cache, lora)
+    for name, value in found.items():
+        check = CHECKS[name]
+        if not value < check.bound:  # or not a number
+            die(
+                f"on this device {check.what} differs from {check.reference} by {value:.2g} of its"
+                f" size (at most {check.bound:g} is rounding): training would go wrong;"
+                f" {check.advice}"
+            )
+    return found
+
+
+def device_errors(settings: Settings, cache: Cache, lora: LoRA) -> dict[str, float]:
+    """Compare what this device computes with what it should, on one row; relative differences.
+
+    All of these errors are silent: finite numbers, and a student that learns something else. The
+    LoRA is drawn away from the teacher, so that every weight of it has a gradient.
+    """
+    data = cache.data
+    device = cache.machine.device
+    generator = keyed(settings.seed, "check device")
+    # Cropped: plain attention takes memory by the square of the tokens.
+    x_0 = cache.latent(0)[None, :, :64, :64].to(device)
+    noise = torch.randn(x_0.shape, generator=generator).to(device)
+    t = torch.full((1,), 0.5, device=device)  # which bfloat16 does not round, times 1000
+    x_t = sc.interpolate(x_0, noise, t)
+    cond = cache.conditions([data.pairs[0].text], settings.guidance)
+    weights = lora.loaded_weights()
+    count_B = len(weights) - lora.first_B
+    weights[lora.first_B :] += 0.01 * torch.randn(count_B, generator=generator).to(device)
+
+    def gradient(rows: int) -> Tensor:
+        """Of the mean loss of `rows` equal rows: the same for any number of them."""
+
+        def repeat(x: Tensor) -> Tensor:
+            return x.repeat_interleave(rows, 0)
+
+        many = {name: repeat(x) for name, x in cond.items()}
+        v = lora.velocity(weights)(repeat(x_t), repeat(t), **many)
+        (v - repeat(noise - x_0)).square().mean().backward()
+        holder = torch.empty_like(weights)
+        lora.move_gradients(holder, 1.0)
+        return holder.grad
+
+    def velocities(dtype: torch.dtype | None) -> list[Tensor]:
+        return [lora.velocity(ws, dtype=dtype)(x_t, t, **cond) for ws in (None, weights)]
+
+    def difference(x: Tensor, reference: Tensor) -> float:
+        return ((x - reference).norm() / reference.norm()).item()
+
+    @contextmanager
+    def plainly():
+        """Eager, and with PyTorch's plain attention, whatever DIFFUSERS_ATTN_BACKEND says."""
+        with torch.compiler.set_stance("force_eager"), attention_backend("_native_math"):
+            yield
+
+    found = {}
+    in_use = gradient(settings.batch)
+    with plainly():
+        lora.recompute(1)
+        found["gradient"] = difference(in_use, gradient(1))
+        lora.recompute(settings.recompute_every)
+    with torch.no_grad():
+        ours = velocities(None)
+        if not settings.quantize:  # int8 has no float32 to be compared with
+            with plainly(), lora.in_float32():
+                references = velocities(torch.float32)
+            for name, v, reference in zip(("teacher", "student"), ours, references):
+                found[name] = difference(v, reference)
+    N = settings.student_steps
+    shift = settings.shift
+    held_out_cond, start = cache.held_out([0], "check")
+    times = sc.time_grid(N, shift).to(device)
+    our_latents = sc.euler_sample(lora.velocity(None), start, times, **held_out_cond)
+    lora.use(None)
+    stock = stock_sample(cache.model, start, N, held_out_cond, shift, settings.batch)
+    found["pipeline"] = difference(our_latents, stock)
+    return found
+
+
+# ------------------------------------------------------------------------------ processes and costs
 
 
 class Machine:
@@ -2713,9 +2754,8 @@ class Costs:
         self.machine = machine
         self.phases = {}
         self.running = None
-        with suppress(OSError, ValueError):
-            found = json.loads(path.read_text())
-            self.phases = found if isinstance(found, dict) else {}
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            self.phases = dict(json.loads(path.read_text())["phases"])
 
     @contextmanager
     def phase(self, name: str, resumes: bool = False):
@@ -2743,11 +2783,11 @@ class Costs:
         if self.machine.device == "cuda":
             row["peak_gib"] = max(self.machine.peak_memory(), row["peak_gib"] or 0.0)
         if self.machine.lead:
-            write_text(self.path, json.dumps(self.phases, indent=1) + "\n")
+            write_text(self.path, json.dumps(MADE_BY | {"phases": self.phases}, indent=1) + "\n")
 
 
 def check_memory(settings: Settings, model: Model) -> None:
-    """Estimate what training takes, before anything is loaded."""
+    """Stop if training would need more memory than there is; nothing is loaded."""
     machine = model.machine
     with torch.device("meta"):
         net = model.family.transformer.from_config(model.config)
@@ -2831,7 +2871,7 @@ def forecast(
 
 @contextmanager
 def on_stop(handler):
-    """Let stop signals call this. Those that are ignored stay so, as under nohup.
+    """Call `handler` on stop signals. Ignored signals stay ignored, as under nohup.
 
     In a thread that is not the main one, signals are left alone.
     """
@@ -2931,6 +2971,14 @@ def is_ours(path: Path) -> bool:
     return path.exists() and MADE_BY.items() <= (header(path) or {}).items()
 
 
+def has_costs(out: Path) -> bool:
+    """Whether costs.json is ours. A run that stops early leaves nothing else."""
+    try:
+        return MADE_BY.items() <= json.loads((out / "costs.json").read_text()).items()
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def read_metadata(path: Path) -> dict:
     """What write_tensors was given; {} if there is no such file or it is damaged.
 
@@ -2953,18 +3001,17 @@ def read_metadata(path: Path) -> dict:
 
 
 def refuse_others(out: Path) -> None:
-    """Nothing that this program did not write is replaced.
+    """Stop rather than replace a file that this program did not write.
 
-    Its safetensors files say who wrote them. The other files of a run can't: they are taken for
-    ours if there is also a LoRA, a checkpoint or a file of the cache that is ours. A run writes to
-    its cache first, and a finished one keeps its LoRA.
+    Its safetensors files and costs.json say who wrote them. The other files of a run can't: they
+    are taken for ours if one of those is there and ours.
     """
     known = (out / LORA, out / STATE)
     for path in known:
         read_metadata(path)  # ends if it is not ours
     others = [out / name for name in OUTPUTS if (out / name).exists()]
     ours = (*known, *out.glob("cache/*.safetensors"))
-    if others and not any(map(is_ours, ours)):
+    if others and not any(map(is_ours, ours)) and not has_costs(out):
         die(
             f"{others[0]} is not from a run of this program and is left alone: move it, or give"
             " another --out"
@@ -2972,7 +3019,7 @@ def refuse_others(out: Path) -> None:
 
 
 @contextmanager
-def alone(out: Path, machine: Machine):
+def lock_out_folder(out: Path, machine: Machine):
     """Keep other runs out of --out, and remove partial files of killed ones.
 
     The system releases the lock with the process, however that ends. Several processes of one run
@@ -3013,7 +3060,7 @@ def remove_parts(out: Path) -> None:
 
 @contextmanager
 def explain(sentence: str, *kinds: type[Exception]):
-    """End with a sentence, not a traceback, on these errors; out of memory is main's to explain."""
+    """End with a sentence, not a traceback, on these errors; main explains out of memory."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -3026,7 +3073,7 @@ def in_words(error: OSError, out: Path) -> str:
     """What the system refused, and the way out."""
     full = [getattr(errno, name) for name in ("ENOSPC", "EDQUOT") if hasattr(errno, name)]
     if error.errno in full:
-        return f"the disk of --out {out} is full: free some space, and the same command resumes"
+        return f"the disk of --out {out} is full: free some space, then {REPEAT}"
     file = error.filename or f"--out {out}"
     if error.errno == errno.EFBIG:
         return (
@@ -3034,12 +3081,9 @@ def in_words(error: OSError, out: Path) -> str:
             " on another disk"
         )
     if isinstance(error, PermissionError):
-        return (
-            f"you are not allowed to read or write {file}: correct its permissions, then the"
-            " same command resumes"
-        )
+        return f"{file} may not be read or written by you: correct its permissions, then {REPEAT}"
     reason = str(error.strerror or error) or type(error).__name__
-    return f"{file}: {reason.splitlines()[0]}. Once that is fixed, the same command resumes"
+    return f"{file}: {reason.splitlines()[0]}. Once that is fixed, {REPEAT}"
 
 
 # ------------------------------------------------------------------------------------ small helpers
@@ -3084,7 +3128,7 @@ def counted(things: Sized | int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def some(names: list[str], separator: str = ", ", most: int = 20) -> str:
+def first_few(names: list[str], separator: str = ", ", most: int = 20) -> str:
     """The first names, and how many more there are."""
     more = [f"and {len(names) - most} more"] if len(names) > most else []
     return separator.join([*names[:most], *more])

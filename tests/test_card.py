@@ -117,12 +117,12 @@ def shifted(steps: int, shift: str) -> list[float]:
 
 
 def test_times_are_as_a_user_of_comfyui_types_them():
-    assert fd.times(3, 3.0) == "1, 0.857143, 0.6, 0"
+    assert fd.format_times(3, 3.0) == "1, 0.857143, 0.6, 0"
 
 
 @pytest.mark.parametrize("shift", ["0.00001", "1", "1000"])
 def test_times_have_six_digits_and_no_exponent(shift):
-    said = fd.times(16, float(shift))
+    said = fd.format_times(16, float(shift))
     assert "e" not in said
     assert [float(x) for x in said.split(", ")] == pytest.approx(shifted(16, shift), rel=5e-6)
 

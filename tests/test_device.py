@@ -333,7 +333,7 @@ def test_relative_change_is_that_of_the_merged_weights(lora):
 @pytest.mark.parametrize(("change", "fades"), [(0.002, True), (0.004, False)])
 def test_the_card_warns_of_a_change_that_fades_in_bfloat16(change, fades):
     adapter = {"checks": None, "relative_change": change}
-    card = fd.took({"phases": {}, "machine": {"device": "CPU"}, "adapter": adapter})
+    card = fd.card_costs({"phases": {}, "machine": {"device": "CPU"}, "adapter": adapter})
     assert ("lost to rounding" in card) == fades
 
 

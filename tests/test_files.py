@@ -225,7 +225,7 @@ def another_run(out: Path):
     ready, say = os.pipe()
     process = os.fork()
     if not process:
-        with fd.alone(out, fd.Machine()):
+        with fd.lock_out_folder(out, fd.Machine()):
             os.write(say, b"!")
             time.sleep(600)
         os._exit(0)

@@ -174,7 +174,7 @@ def test_a_run_of_other_settings_is_left_alone(done, tmp_path):
 def refusal(out: Path, first: list, then: list) -> str:
     """What is said where training with the first flags has begun, and the second ones are given."""
     begun, _ = fd.prepare(parsed(out, *first), fd.Machine())
-    fd.write_tensors(begun.state, {"student": torch.zeros(1)}, {"settings": begun.settings})
+    fd.write_tensors(begun.state, {"student": torch.zeros(1)}, {"settings": begun.identity})
     before = content(out)
     with pytest.raises(SystemExit) as stopped:
         fd.prepare(parsed(out, *then), fd.Machine())

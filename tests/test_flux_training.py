@@ -82,7 +82,7 @@ def test_a_state_is_saved_and_loaded_to_the_bit(setup, tmp_path, paper):
     theirs = loaded.optimizer.state[loaded.student]
     assert ours.keys() == theirs.keys() == {"step", *fd.MOMENTS}
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert fd.read_metadata(elsewhere.state)["settings"] == setup.run.settings
+    assert fd.read_metadata(elsewhere.state)["settings"] == setup.run.identity
 
     settings = fd.replace(setup.settings, paper=paper)
     pool = fd.read_pool(setup.cache)
