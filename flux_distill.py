@@ -1711,12 +1711,13 @@ def verdict(settings: Settings, row: dict[str, float], has_scale: bool = True) -
     student = row["rmse"]
     teacher = row["teacher_rmse"]
     lam = row[f"lam_{N}"]
+    in_steps = f"in {counted(N, 'step')}"
     distances = (
-        f"in {counted(N, 'step')} the student's RMSE to the teacher's {settings.teacher_steps} steps"
-        f" is {student:.3f}, the teacher's own {teacher:.3f}"
+        f"{in_steps} the student's RMSE to the teacher's {settings.teacher_steps} steps is"
+        f" {student:.3f}, the teacher's own {teacher:.3f}"
     )
     if not math.isfinite(student):
-        distances = f"in {counted(N, 'step')} its latents hold NaN or infinity"
+        distances = f"{in_steps} its latents hold NaN or infinity"
     if has_diverged(settings, row):
         return f"WARNING, diverged student: {distances}; {LOWER_RATE}"
     if lam <= 0:
@@ -1830,8 +1831,8 @@ def no_scale(steps: list[int]) -> str:
     """Says for which numbers of steps the LoRA has no scale to recommend."""
     low, high = SCALES
     return (
-        f"For {listed(steps)} steps no scale between {low:g} and {high:g} is a clear optimum: 1 is a"
-        " placeholder, not a recommendation"
+        f"For {listed(steps)} steps no scale between {low:g} and {high:g} is a clear optimum: 1 is"
+        " a placeholder, not a recommendation"
     )
 
 

@@ -353,3 +353,65 @@ def test_a_reader_that_goes_away_ends_sample_without_a_word(done, tmp_path):
         said = process.stderr.read().decode()
         assert process.wait() == 1
     assert "Traceback" not in said and "Broken pipe" not in said
+
+
+def test_a_run_that_stopped_before_its_first_file_resumes(tmp_path, monkeypatch):
+    """costs.json is the only output then, and says whose it is."""
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(fd.Model, "load", stopped)
+        says("and the same command resumes", "--out", out)
+    assert {path.name for path in out.iterdir()} == {".lock", "costs.json"}
+    run(out, "--iterations", 1)
+    assert (out / fd.LORA).exists()
+
+
+def test_costs_of_another_program_are_left_alone(tmp_path):
+    (tmp_path / "costs.json").write_text('{"phases": {}}')
+    says("costs.json is not from a run of this program", "--out", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["README.md", "comparison.png"])
+def test_what_was_deleted_of_a_finished_run_is_made_again(done, tmp_path, name):
+    out = copied(done, tmp_path / "out")
+    before = (out / name).read_bytes()
+    (out / name).unlink()
+    run(out)
+    assert (out / name).exists()
+    if name.endswith("png"):
+        assert (out / name).read_bytes() == before
+
+
+def test_a_run_inside_the_folder_of_its_model_is_recognised(tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    flags = ["--model", folder, "--iterations", 1]
+    run(folder / "out", *flags)
+    before = content(folder / "out")
+    run(folder / "out", *flags)
+    assert content(folder / "out") == before
+
+
+def test_names_that_are_not_utf8_are_told(tmp_path):
+    """Of images that are skipped, on a terminal in UTF-8."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (32, 32), "red").save(folder / "a.png")
+    (folder / "a.txt").write_text("a red circle")
+    name = os.fsdecode(b"caf\xe9.png")
+    try:
+        Image.new("RGB", (32, 32), "red").save(folder / name)
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    flags = [*SMALL.split(), "--images", folder, "--held-out", 2, "--iterations", 1]
+    call = [sys.executable, fd.__file__, *flags, "--out", tmp_path / "out"]
+    env = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(
+        [str(word) for word in call], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "caf\\udce9.png: it has no caption" in done.stdout

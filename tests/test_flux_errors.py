@@ -7,6 +7,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from huggingface_hub import errors as hub
 from safetensors.torch import load_file, save_file
 from tiny_runs import TINY, copied, edited, fd, run, says
 
@@ -23,8 +24,8 @@ VAE = {"block_out_channels": [128, 256, 512, 512]}
 
 
 def test_a_model_that_is_nowhere(tmp_path):
-    says("can't be reached|no folder here", "--model", "nobody/nothing", "--out", tmp_path)
-    says("no folder here", "--model", "no/such/folder", "--out", tmp_path)
+    says("can't be reached|neither a local folder", "--model", "nobody/nothing", "--out", tmp_path)
+    says("neither a local folder", "--model", "no/such/folder", "--out", tmp_path)
 
 
 def test_a_folder_that_is_no_model(tmp_path):
@@ -161,8 +162,34 @@ def test_a_disk_that_is_full_leaves_no_half_checkpoint(tmp_path, monkeypatch):
         real(tensors, path, metadata)
 
     monkeypatch.setattr(fd, "save_file", full)
-    says("disk of --out .* is full.*the same command resumes", "--out", tmp_path)
+    says("disk of --out .* is full.*then repeat the command", "--out", tmp_path)
     assert not list((tmp_path / "checkpoint").iterdir())
     monkeypatch.undo()
     run(tmp_path)
     assert fd.read_metadata(tmp_path / fd.STATE)["done"]
+
+
+def http_error(kind: type, status: int) -> Exception:
+    """An error of the Hub's library with the answer of a server."""
+    return kind("no", response=MagicMock(status_code=status))
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "words"),
+    [
+        (hub.RepositoryNotFoundError, 401, "is neither a local folder nor a public model"),
+        (hub.RepositoryNotFoundError, 404, "is neither a local folder nor a public model"),
+        (hub.GatedRepoError, 403, "is gated"),
+    ],
+)
+def test_a_model_that_does_not_exist_is_not_called_gated(kind, status, words):
+    error = http_error(kind, status)
+    error.__cause__ = http_error(hub.HfHubHTTPError, status)
+    assert fd.refusal_of(error).startswith(words)
+
+
+def test_a_token_without_access_is_called_gated():
+    """The Hub's library says then that a file can't be found."""
+    error = hub.LocalEntryNotFoundError("no")
+    error.__cause__ = http_error(hub.HfHubHTTPError, 403)
+    assert fd.refusal_of(error).startswith("is gated")

@@ -180,3 +180,15 @@ def test_the_time_of_a_call_leaves_out_the_first_which_may_compile(setup, monkey
     validation = fd.Validation(setup.settings, setup.cache, lora)
     hook.remove()
     assert validation.seconds * len(calls) < 3.0
+
+
+def test_a_student_that_went_the_wrong_way_is_told_to_learn_slower():
+    row = {"rmse": 0.31, "teacher_rmse": 0.3, "lam_3": -0.5}
+    words = fd.verdict(fd.Settings(), row)
+    assert words.startswith("WARNING, led astray: lam* is -0.50; in 3 steps")
+    assert words.endswith(fd.LOWER_RATE)
+
+
+def test_one_step_is_singular():
+    row = {"rmse": 0.1, "teacher_rmse": 0.3, "lam_1": 1.0}
+    assert fd.verdict(fd.Settings(student_steps=1), row).startswith("in 1 step the student's RMSE")

@@ -209,7 +209,7 @@ LYING_AROUND = {  # what lies in a folder: what is said, and what is used of it
         [],
     ),
     flat_image: (
-        "kept 1 image of a single color (flat.png): remove what should not be trained on",
+        "kept 1 image of a single colour (flat.png): remove what should not be trained on",
         ["flat.png"],
     ),
 }
@@ -716,3 +716,36 @@ def test_a_limit_above_the_pairs_is_named(tmp_path, capsys):
     folder = image_folder(tmp_path, 2)
     fd.prepare(parsed(tmp_path / "out", "--images", folder, "--limit", 3), fd.Machine())
     assert "--limit 3 is more than the 2 pairs there are: all are used" in capsys.readouterr().out
+
+
+def test_images_in_hidden_folders_are_not_counted(tmp_path):
+    folder = image_folder(tmp_path)
+    for name, count in (("sub", 1), (".thumbs", 5), ("sub/deeper", 2)):
+        (folder / name).mkdir()
+        for i in range(count):
+            with_caption(folder / name, f"{i}.png")
+    notes = fd.list_images(folder)[2]
+    assert notes == [
+        "did not search 1 sub-folder with 3 images (sub): move images and captions up to use them"
+    ]
+
+
+def test_only_line_ends_separate_prompts(tmp_path):
+    file = tmp_path / "prompts.txt"
+    lines = ["a\u2028b", "c\x0bd", "e\x0cf", "g\x85h"]
+    file.write_bytes("\r\n".join(lines).encode())
+    prompts, _ = fd.read_prompts(file, 2, True)
+    assert prompts == ["a b", "c d", "e f", "g h"]
+
+
+def test_sample_takes_the_model_that_the_lora_was_made_for(done, tmp_path):
+    """A folder has to be named; a model on the Hub is known by its name."""
+    out = copied(done, tmp_path / "out")
+    with pytest.raises(SystemExit, match="was made for tiny_flux, a folder: say where it is with"):
+        fd.main(["--out", str(out), "--sample", "a red circle"])
+    adapter = fd.read_metadata(out / fd.LORA) | {"base_model": "somebody/tuned"}
+    fd.write_tensors(out / fd.LORA, load_file(out / fd.LORA), adapter)
+    settings = fd.parse(["--out", str(out), "--sample", "a red circle"])
+    assert fd.follow_adapter(settings, fd.read_adapter(out)).model == "somebody/tuned"
+    settings = fd.parse(["--model", "mine/too", "--out", str(out), "--sample", "a red circle"])
+    assert fd.follow_adapter(settings, fd.read_adapter(out)).model == "mine/too"

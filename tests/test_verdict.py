@@ -186,7 +186,10 @@ def test_an_inert_student_gets_no_scale(tmp_path, capsys, rate):
     card, printed = (out / "README.md").read_text(), capsys.readouterr().out
     for said in (adapter["note"], card, printed):
         assert "WARNING, inert student" in said
-        assert "For 2 or 3 steps no scale from 0.05 to 8 was best: 1 is a placeholder" in said
+        assert (
+            "For 2 or 3 steps no scale between 0.05 and 8 is a clear optimum: 1 is a placeholder"
+            in said
+        )
     for said in (card, printed):
         assert said.count("| its scale | none found | none found |") == 1
 
