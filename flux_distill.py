@@ -3082,7 +3082,9 @@ def in_words(error: OSError, out: Path) -> str:
             " on another disk"
         )
     if isinstance(error, PermissionError):
-        return f"{file} may not be read or written by you: correct its permissions, then {REPEAT}"
+        return (
+            f"you are not allowed to read or write {file}: correct its permissions, then {REPEAT}"
+        )
     reason = str(error.strerror or error) or type(error).__name__
     return f"{file}: {reason.splitlines()[0]}. Once that is fixed, {REPEAT}"
 

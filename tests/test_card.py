@@ -90,7 +90,7 @@ def test_every_number_of_the_text_is_the_runs_own(taught):
     assert "# `someone/Tune` in 5 steps" in text
     assert "A LoRA of rank 24" in text
     assert 'set_adapters(["scfm", "other"], [1.125, 1.0])' in text
-    assert "bfloat16: use the same precision" in text
+    assert "bfloat16: use the same" in text
     assert "after 1234 iterations" in text
     assert "Teacher in 5 steps, student in 5, teacher in 24]" in text
     assert "to 24 steps of the teacher" in text
@@ -164,7 +164,7 @@ def test_what_the_layers_mean_for_other_tools(taught):
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda", "bfloat16")])
 def test_precision_of_the_base(taught, device, dtype):
     text = card(taught, device)
-    assert f"on the base model in {dtype}: use the same precision" in text
+    assert f"the base model ran in {dtype}: use the same" in text
     assert "int8" not in snippet_of(text)
     assert "torchao" not in text
 

@@ -301,7 +301,7 @@ def test_costs_add_up_over_interruptions_of_a_phase_that_resumes(tmp_path):
         with pytest.raises(ZeroDivisionError), costs.phase("train", resumes):
             time.sleep(0.05 if resumes else 0.02)
             raise ZeroDivisionError
-        seconds.append(json.loads(path.read_text())["train"]["seconds"])
+        seconds.append(json.loads(path.read_text())["phases"]["train"]["seconds"])
     first, resumed, again = seconds
     assert first >= 0.02
     assert resumed >= first + 0.05

@@ -84,19 +84,21 @@ def test_a_file_of_the_user_is_left_alone(tmp_path, name):
     assert content(tmp_path) == before
 
 
-@pytest.mark.parametrize("kept", ["cache", "checkpoint", fd.LORA])
-def test_any_file_of_tensors_shows_that_the_others_are_from_a_run(done, tmp_path, kept):
-    """So a killed run's files are replaced: there is always a cache, a checkpoint or a LoRA."""
+@pytest.mark.parametrize("kept", ["cache", "checkpoint", fd.LORA, "costs.json"])
+def test_any_file_that_is_marked_shows_that_the_others_are_from_a_run(done, tmp_path, kept):
+    """So a killed run's files are replaced: there is always a file of tensors, or costs.json."""
     out = copied(done, tmp_path / "out")
-    for name in {"cache", "checkpoint"} - {kept}:
-        shutil.rmtree(out / name)
-    if kept != fd.LORA:
-        (out / fd.LORA).unlink()
+
+    def remove(name: str) -> None:
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+        else:
+            (out / name).unlink()
+
+    for name in {"cache", "checkpoint", fd.LORA, "costs.json"} - {kept}:
+        remove(name)
     fd.refuse_others(out)
-    if kept == fd.LORA:
-        (out / fd.LORA).unlink()
-    else:
-        shutil.rmtree(out / kept)
+    remove(kept)
     with pytest.raises(SystemExit, match="is not from a run of this program"):
         fd.refuse_others(out)
 

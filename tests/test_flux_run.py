@@ -166,8 +166,8 @@ def test_cache_and_checkpoint_of_a_finished_run_can_go(done, tmp_path):
 def test_a_run_of_other_settings_is_left_alone(done, tmp_path):
     out = copied(done, tmp_path / "out")
     before = content(out)
-    says(r"other settings \(rank 4, now 8\)", "--out", out, "--rank", 8)
-    says(r"other settings \(paper False, now True\)", "--out", out, "--paper")
+    says(r"other settings \(--rank 4, now 8\)", "--out", out, "--rank", 8)
+    says(r"other settings \(--paper False, now True\)", "--out", out, "--paper")
     assert content(out) == before
 
 
@@ -228,9 +228,9 @@ def test_the_teachers_steps_decide_when_a_run_stops(tmp_path):
             flags = ["--images", folder, "--teacher-steps", steps, *stop]
             settings, machine = parsed(tmp_path / "out", *flags), fd.Machine()
             runs[len(stop), steps], _ = fd.prepare(settings, machine)
-    assert runs[0, 8].settings == runs[0, 10].settings
+    assert runs[0, 8].identity == runs[0, 10].identity
     assert runs[0, 8].key != runs[0, 10].key
-    assert runs[1, 8].settings != runs[1, 10].settings
+    assert runs[1, 8].identity != runs[1, 10].identity
 
 
 # ------------------------------------------------------------------------------- the card, the LoRA

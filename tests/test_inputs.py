@@ -489,7 +489,7 @@ def test_text_tokens_reach_cache_lora_and_card(twelve_tokens):
 
 
 def test_other_text_tokens_are_another_run(twelve_tokens):
-    sentence = "holds a run with other settings .text_tokens 12, now 256"
+    sentence = "holds a run with other settings .--text-tokens 12, now 256"
     says(sentence, "--out", twelve_tokens.out, *twelve_tokens.flags)
 
 

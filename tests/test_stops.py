@@ -177,4 +177,4 @@ def test_a_stop_during_the_imports_is_one_sentence_unless_it_is_ignored(tmp_path
     assert child.returncode == 1
     assert "Traceback" not in said
     assert ("stopped before the run started" in said) != ignored
-    assert ("no folder here" in said) == ignored
+    assert ("is neither a local folder" in said) == ignored

@@ -42,9 +42,15 @@ def made_on(rows: list[common.Row]) -> str:
 
 def section(name: str, rows: list[common.Row]) -> list[str]:
     title, script = SECTIONS[name]
-    what = script.__doc__.split("\n\n", 1)[-1].strip()
-    lines = [f"## {title}", "", f"`results/{name}.json`, {made_on(rows)}.", "", what, ""]
-    return [*lines, *script.tables(rows), ""]
+    first, what = script.__doc__.strip().split("\n\n", 1)
+    question, command, time = re.fullmatch(r"(.+[:?]) (python \S+)(?: \((.+)\))?", first).groups()
+    took = f" takes {time}" if time else ""
+    lines = [f"## {title}", "", f"{question} `{command}`{took}.", ""]
+    lines += [f"`results/{name}.json`, {made_on(rows)}.", "", what, ""]
+    lines += script.tables(rows)
+    if hasattr(script, "findings"):
+        lines += ["", *script.findings(rows)]
+    return [*lines, ""]
 
 
 def render() -> str:
