@@ -149,6 +149,7 @@ def test_the_velocity_of_the_tiny_flux_is_linear_in_guidance(shipped):
         assert error.norm() < 0.2 * change.norm(), guidance
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # of torch, about speed
 def test_autocast_computes_in_bfloat16_with_weights_and_velocity_in_float32(shipped, monkeypatch):
     """On a GPU. Here the CPU's autocast is switched on in its place."""
     batch = shipped.batch
