@@ -242,6 +242,74 @@ def test_a_part_that_fails_says_so(tmp_path, monkeypatch):
     assert "steps: ended with code 3" in gpu.tables([row])
 
 
+def test_the_medium_flux_is_tried_only_if_asked_for(monkeypatch):
+    tried = []
+    monkeypatch.setattr(gpu, "try_parts", lambda parts, path: tried.append(parts))
+    for flags in ([], ["--parts", "medium"]):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", *flags])
+        gpu.main()
+    assert tried == [["gradients", "steps", "full", "demonstration"], ["medium"]]
+
+
+@pytest.fixture
+def processes(monkeypatch) -> list[list[str]]:
+    """The commands that are run, in place of running them: each fails."""
+    commands = []
+
+    def failing(command, **options):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1, stdout="", stderr="no memory")
+
+    monkeypatch.setattr(gpu.subprocess, "run", failing)
+    monkeypatch.delenv("MEDIUM_MODEL", raising=False)
+    return commands
+
+
+def test_the_medium_flux_is_made_in_a_temporary_folder_and_distilled_from_there(
+    processes, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(gpu.tempfile, "tempdir", str(tmp_path))
+    found = gpu.made_medium("--size medium", 1.0)
+    assert found["error"] == "no memory"
+    told = gpu.tables([common.Row("medium", {}, 1.0, found, 1.0, common.origin())])
+    assert "medium: failed after 0 s: no memory" in told
+    gpu.medium_run("--shift 3", 1.0)
+    made, distilled = processes
+    assert Path(made[1]).name == "make_tiny_flux.py"
+    assert made[2:] == ["--out", str(tmp_path / "medium"), "--size", "medium"]
+    assert Path(distilled[1]).name == "flux_distill.py"
+    model = ["--model", str(tmp_path / "medium")]
+    assert distilled[4:] == [
+        *model, "--prompts", str(tmp_path / "medium" / "prompts.txt"), "--shift", "3",
+    ]  # fmt: skip
+
+
+def test_a_folder_with_a_medium_flux_is_used_again(processes, monkeypatch, tmp_path):
+    """One whose making was interrupted is made again."""
+    monkeypatch.setenv("MEDIUM_MODEL", str(tmp_path))
+    (tmp_path / "model_index.json").write_text("{}")
+    assert "error" in gpu.made_medium("", 1.0)
+    (tmp_path / "prompts.txt").write_text("a red circle")
+    assert gpu.made_medium("", 1.0) == {"reused": True}
+    assert len(processes) == 1
+
+
+def test_the_table_of_the_medium_flux_is_told():
+    table = []
+    for sampler, rmse, scale in (("teacher", 0.5, 0.0), ("student, scaled", 0.25, 0.9)):
+        for steps in (2, 3):
+            cell = {"steps": steps, "scale": scale, "rmse": rmse / steps, "psnr": 20.0 + steps}
+            table.append({"sampler": sampler} | cell)
+    lines = gpu.table_of_ends("medium", table)
+    assert lines[1:-1] == [
+        "| medium, Euler steps | 2 | 3 |",
+        "| --- | --- | --- |",
+        "| teacher | 0.250 / 22.0 | 0.167 / 23.0 |",
+        "| student, scaled | 0.125 / 22.0 | 0.083 / 23.0 |",
+        "| its scale | 0.90 | 0.90 |",
+    ]
+
+
 def commands() -> str:
     """Of all processes, a second from now."""
     time.sleep(1)
@@ -260,7 +328,7 @@ def test_gpu_tries_each_part_on_a_small_configuration(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = common.load(tmp_path / "gpu.json")
-    found = {part: set() for part in gpu.LIMITS}
+    found = {part: set() for part in gpu.USUAL}
     for row in rows:
         found[row.part] |= row.found.keys()
         assert row.origin["sources"].keys() >= {"flux_distill.py", "tests/benchmarks/speed.py"}
@@ -275,6 +343,23 @@ def test_gpu_tries_each_part_on_a_small_configuration(tmp_path):
     for head in ("attention kernel, tiny Flux", "kernels in use", "pixels | batch", "full, phase",
                  "demonstration, phase"):  # fmt: skip
         assert f"| {head} |" in done.stdout
+
+
+@pytest.mark.slow
+def test_gpu_makes_a_model_in_a_folder_that_is_given_and_distils_it(tmp_path):
+    """Of the tiny size, in few iterations; a second time it is not made again."""
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, FOLDER / "gpu.py", "--parts", "medium", "--medium-model", "model"]
+    command += ["--results", "gpu.json"]
+    for first in ("made", "reused"):
+        done = subprocess.run(
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        model, run = common.load(tmp_path / "gpu.json")
+        assert model.found.keys() == {first}
+        assert run.found.keys() >= {"phases", "table", "self_check", "told"}
+        assert "| medium, Euler steps | 2 | 3 | 4 | 6 | 8 |" in done.stdout
 
 
 @pytest.mark.slow

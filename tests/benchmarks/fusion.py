@@ -140,6 +140,7 @@ FLUX_STEPS = (3, 32)
 FLUX_PLAIN = 4000  # iterations of plain flow matching, batches of 64
 IMAGES = 6000  # rendered to train on
 NOISES = 167  # for each of 12 captions
+GUIDANCE = tiny.PLAIN_GUIDANCE  # at which the teacher is as plain as networks without a guidance
 
 
 class TinyFlux:
@@ -246,7 +247,7 @@ def judged(world: TinyFlux, judge: common_flux.Judge, velocity, generator, lengt
     for n in FLUX_STEPS:
         ends = []
         for rows in torch.arange(len(noise)).split(256):
-            cond = world.cond(captions[rows], torch.full((len(rows),), 3.5))
+            cond = world.cond(captions[rows], torch.full((len(rows),), GUIDANCE))
             ends.append(sc.euler_sample(velocity, noise[rows], sc.time_grid(n), **cond))
         seen = common_flux.look(judge, common_flux.decoded(vae, torch.cat(ends)), captions)
         found["frechet"][n] = common_flux.frechet(truth, seen)
@@ -263,7 +264,7 @@ def flow_matching_loss(world: TinyFlux, velocity, generator) -> float:
     t = (torch.randperm(len(x_0), generator=generator) + 0.5) / len(x_0)
     losses = []
     for rows in torch.arange(len(x_0)).split(250):
-        cond = world.cond(captions[rows], torch.full((len(rows),), 3.5))
+        cond = world.cond(captions[rows], torch.full((len(rows),), GUIDANCE))
         v = velocity(sc.interpolate(x_0[rows], noise[rows], t[rows]), t[rows], **cond)
         losses.append((v - (noise - x_0)[rows]).square().mean().item())
     return float(np.mean(losses))

@@ -40,12 +40,24 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 import flux_distill as fd
 
-LIMITS = {"gradients": 30, "steps": 200, "full": 180, "demonstration": 70}  # seconds, on a GPU
+LIMITS = {  # seconds, on a GPU
+    "gradients": 30, "steps": 200, "full": 180, "demonstration": 70, "medium": 570,
+}  # fmt: skip
+USUAL = [part for part in LIMITS if part != "medium"]  # if no flag says which
 DEMONSTRATION = ("--model", str(TINY), "--prompts", str(TINY / "prompts.txt"),
                  *common_flux.DEMONSTRATION.split())  # fmt: skip
 LENGTHS = {  # whether on a GPU: flags
     True: "--validate-every 20",
     False: "--iterations 3 --validate-every 3 --limit 8 --held-out 6 --noises 2 --batch 4",
+}
+MEDIUM_MODEL = {  # whether on a GPU: flags of make_tiny_flux.py
+    True: "--size medium",
+    False: "--size tiny --vae-iterations 9 --iterations 9 --guidance-iterations 9 --images 60",
+}
+MEDIUM = {  # whether on a GPU: flags of flux_distill.py
+    True: """--resolution 64 --shift 3 --iterations 800 --batch 64 --learning-rate 3e-4
+        --recompute-every 0 --noises 8 --validate-every 100""",
+    False: f"--resolution 32 --shift 3 {LENGTHS[False]}",
 }
 FULL = """--limit 4 --batch 4 --iterations 4 --validate-every 4 --held-out 2 --noises 2
     --resolution"""
@@ -157,11 +169,48 @@ def demonstration_run(flags: str, length: float) -> dict:
     return distilled(*DEMONSTRATION, *flags.split())
 
 
+def medium_pipeline() -> Path:
+    """Where the part "medium" has its model: in the folder that --medium-model gives, or its own.
+
+    A folder that is given is kept, and its model is used again.
+    """
+    given = os.environ.get("MEDIUM_MODEL")
+    return Path(given) if given else Path(tempfile.gettempdir()) / "medium"
+
+
+def made_medium(flags: str, length: float) -> dict:
+    """Train the model of the part "medium" with make_tiny_flux.py, if it is not there."""
+    folder = medium_pipeline()
+    if (folder / "prompts.txt").exists():  # which is written last
+        return {"reused": True}
+    script = common.ROOT / "tests" / "make_tiny_flux.py"
+    command = [sys.executable, str(script), "--out", str(folder), *flags.split()]
+    began = time.perf_counter()
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    seconds = time.perf_counter() - began
+    if done.returncode:
+        return {"seconds": seconds, "error": (done.stdout + done.stderr)[-1500:]}
+    return {"made": seconds}
+
+
+def medium_run(flags: str, length: float) -> dict:
+    """flux_distill.py on the model of the part "medium"."""
+    folder = medium_pipeline()
+    model = ("--model", str(folder), "--prompts", str(folder / "prompts.txt"))
+    return distilled(*model, *flags.split())
+
+
+def environment() -> dict[str, str]:
+    """Of a process as if a user had started it: common.py leaves one thread, which suits a CPU."""
+    env = dict(os.environ)
+    if has_gpu():
+        env.pop("OMP_NUM_THREADS", None)
+    return env
+
+
 def distilled(*flags: str) -> dict:
     """Run flux_distill.py; its seconds as a process, and what results.json says."""
-    env = dict(os.environ)
-    if has_gpu():  # as if a user had started it: common.py leaves one thread, which suits a CPU
-        env.pop("OMP_NUM_THREADS", None)
+    env = environment()
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, str(common.ROOT / "flux_distill.py"), "--out", out, *flags]
         began = time.perf_counter()
@@ -198,6 +247,10 @@ def tasks(flows=(), seeds=()) -> dict[str, list[common.Task]]:
         "steps": [*matmul, *sampling, common.Task(full_size_errors, size), *steps],
         "full": [common.Task(made_pipeline, {}), common.Task(full_run, resolution)],
         "demonstration": [common.Task(demonstration_run, {"flags": LENGTHS[on_gpu]})],
+        "medium": [
+            common.Task(made_medium, {"flags": MEDIUM_MODEL[on_gpu]}),
+            common.Task(medium_run, {"flags": MEDIUM[on_gpu]}),
+        ],
     }
 
 
@@ -213,9 +266,14 @@ def tables(rows: list[common.Row]) -> list[str]:
             cells = ["full size", *differences(row.found["checks"])]
             lines += common.table(["kernels in use", *CHECKS], [cells])
     lines += speed.tables_of_steps(steps)
-    for part in ("demonstration", "full"):
+    for part in ("demonstration", "full", "medium"):
         for row in common.where(rows, part):
             lines += about_run(part, row.found)
+    for row in common.where(rows, "medium"):
+        if "made" in row.found:
+            lines.append(f"medium: its model was made in {row.found['made']:.0f} s")
+        if "table" in row.found:
+            lines += table_of_ends("medium", row.found["table"])
     for row in rows:
         if "stopped" in row.found:
             lines.append(f"{row.part}: {row.found['stopped']}")
@@ -263,6 +321,19 @@ def about_run(part: str, found: dict) -> list[str]:
         *common.table([f"{part}, phase", "seconds", "peak GiB"], lines),
         f"3 steps: teacher {teacher:.3f}, student {student:.3f}",
     ]
+
+
+def table_of_ends(part: str, table: list[dict]) -> list[str]:
+    """RMSE of latents / PSNR of images, as flux_distill.py prints it."""
+    steps = sorted({row["steps"] for row in table})
+    samplers = list(dict.fromkeys(row["sampler"] for row in table))
+    cells = {(row["sampler"], row["steps"]): row for row in table}
+    lines = []
+    for sampler in samplers:
+        row = [cells[sampler, n] for n in steps]
+        lines.append([sampler, *(f"{cell['rmse']:.3f} / {cell['psnr']:.1f}" for cell in row)])
+    lines.append(["its scale", *(f"{cell['scale']:.2f}" for cell in row)])
+    return common.table([f"{part}, Euler steps", *steps], lines)
 
 
 # --------------------------------------------------------------------------------- one process each
@@ -316,12 +387,18 @@ def run_tasks(part: str, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", choices=LIMITS, default=[*LIMITS], help="in order")
+    parser.add_argument("--parts", nargs="+", choices=LIMITS, default=USUAL, help="in order"
+                        " (all but medium: the medium model of make_tiny_flux.py, trained and then"
+                        " distilled at shift 3, in at most 10 minutes)")  # fmt: skip
+    parser.add_argument("--medium-model", type=Path, metavar="DIR", help="folder of that model,"
+                        " which is made there if it is missing (a temporary one)")  # fmt: skip
     parser.add_argument("--results", type=Path, help="file of the numbers (results/gpu.json; none"
                         " without a GPU)")  # fmt: skip
     parser.add_argument("--part", choices=LIMITS, help=argparse.SUPPRESS)
     parser.add_argument("--make-pipeline", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.medium_model:  # for the process of the part
+        os.environ["MEDIUM_MODEL"] = str(args.medium_model.absolute())
     if args.make_pipeline:
         make_pipeline(args.make_pipeline)
     elif args.part:
