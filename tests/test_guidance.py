@@ -149,7 +149,7 @@ def test_velocities_and_student_get_the_same_guidance_row_by_row(guided, paper):
     """Of the network calls of an iteration the student's comes last."""
     settings = fd.replace(guided.settings, paper=paper, accumulate=1)
     lora = new_lora(guided, paper=paper)
-    state = fd.TrainState(lora.initial_weights(), settings)
+    state = fd.TrainState(lora.loaded_weights(), fd.method_of(settings))
     pool = fd.read_pool(guided.cache)
     with guidance_of_calls() as calls:
         for iteration in fd.train(settings, guided.cache, pool, lora, state):
@@ -227,7 +227,7 @@ def test_validation_compares_with_the_stock_pipeline_at_the_guidance_of_the_run(
         assert difference(stock_latents(pipe, texts, noise, steps, OF_THE_POOL), end) > 5e-3
 
     generator = torch.Generator().manual_seed(0)
-    weights = lora.initial_weights()
+    weights = lora.loaded_weights()
     weights += 0.05 * torch.randn(weights.shape, generator=generator)
     cond = guided.cache.conditions([guided.data.validation[0]] * 2, GUIDANCE)
     times = sc.time_grid(3, 3.0)
