@@ -13,8 +13,8 @@ import sys
 import tempfile
 import time
 
+import baselines
 import common
-import numpy as np
 
 import toy_2d
 
@@ -127,6 +127,19 @@ def cost_of(flags: str) -> str:
     return f"| {f'`{shown}`' if shown else 'default'} | {' | '.join(cells)} |"
 
 
+def to_direct(budget: str, steps: int, method: str = "direct, 8 calls") -> list[str]:
+    """Error of matched windows over that of direct regression, at shifts 1 and 3."""
+    ratios = []
+    for shift in baselines.SHIFTS:
+        rows = common.where(results("baselines"), "direct", shift=shift, steps=steps)
+        ours, direct = (
+            baselines.geometric_mean(baselines.errors_by_seed(rows, budget, name), axis=1)
+            for name in ("ours", method)
+        )
+        ratios.append(common.ratio_text(ours, direct).split()[0])
+    return ratios
+
+
 def quotations() -> list[str]:
     """Passages of the README."""
     toy_seconds = statistics.median(found_by("toy")["seconds"])
@@ -134,10 +147,11 @@ def quotations() -> list[str]:
     three = ("moons", "checkerboard", "spirals")
     teacher = on_all_flows("teacher", 16, flows=three).replace(" and", ",")
     on_gaussians = on_all_flows("teacher", 12, flows=("gaussians",))
-    blocks, layers = (
-        common.column(common.where(results("layers"), run), "student", 3)
-        for run in ("all pairs", "all layers")
-    )
+    three_1, three_3 = to_direct("full budget", 3)
+    two_1, two_3 = to_direct("full budget", 2)
+    one_1, one_3 = to_direct("full budget", 1)
+    tenth_1, tenth_3 = to_direct("a tenth", 3)
+    four_1, four_3 = to_direct("a tenth", 3, "direct, 4 calls")
     return [
         f"in {toy_seconds:.0f} s on two cores",
         printed("toy", "Euler steps", "  matched, scaled"),
@@ -148,7 +162,10 @@ def quotations() -> list[str]:
         f" 12; a student of ten points {on_all_flows('few-shot')}.",
         *map(cost_of, ("--recompute-every 1", "--recompute-every 1 --compile",
                        "--recompute-every 2 --compile")),
-        f"came {np.exp(np.log(blocks / layers).mean()):.2f} times nearer to the teacher",
+        f"At equal network calls, tuned alike, our error is {three_1} times its error in 3 steps"
+        f" ({three_3} at shift 3), {two_1} ({two_3}) in 2 steps and {one_1} ({one_3}) in one. At a"
+        f" tenth of the budget it is {tenth_1} ({tenth_3}) in 3 steps, but {four_1} ({four_3}) if"
+        " direct regression takes 4 calls.",
     ]  # fmt: skip
 
 
