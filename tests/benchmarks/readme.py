@@ -156,6 +156,7 @@ def quotations() -> list[str]:
         f"in {toy_seconds:.0f} s on two cores",
         printed("toy", "Euler steps", "  matched, scaled"),
         printed("toy", "calibrated scale", "calibrated scale"),
+        found_by("toy")["lines"][-1].replace("OUT", "toy_out"),
         printed("tiny_flux", "RMSE of latents", "| its scale"),
         f"Over five seeds, the 3-step student reaches {few_steps} on moons, checkerboard, spirals"
         f" and gaussians; the teacher {teacher} in 16 steps and, on gaussians, {on_gaussians} in"
