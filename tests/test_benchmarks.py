@@ -232,10 +232,11 @@ def test_the_page_is_what_its_numbers_say():
 
 def test_a_changed_number_changes_the_page(monkeypatch, tmp_path):
     text = (common.RESULTS / "gpu.json").read_text()
-    assert "34.1" in report.render() and "77.7" not in report.render()
-    (tmp_path / "gpu.json").write_text(text.replace('"gib": 34.', '"gib": 77.7, "was": 34.', 1))
+    assert "34.1" in report.render() and "56789.1" not in report.render()
+    changed = text.replace('"gib": 34.', '"gib": 56789.1, "was": 34.', 1)
+    (tmp_path / "gpu.json").write_text(changed)
     monkeypatch.setattr(common, "RESULTS", tmp_path)
-    assert "77.7" in report.render()
+    assert "56789.1" in report.render()
 
 
 # ------------------------------------------------------------------------------ definitions of each

@@ -81,7 +81,6 @@ OTHERS = {
     "2.11": "",
     "2.13": "",
     "1.3": "million parameters of the tiny Flux",
-    "2.2": "hours of training, from the sixth more time that is said below",
 }
 
 

@@ -116,10 +116,23 @@ def on_all_flows(*keys, flows=toy_2d.FLOWS) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
+def few_shot() -> str:
+    """How many times the error of all data that of ten points is, on the best and worst flow."""
+    ratios = []
+    for rows in common.grouped(results("toy"), "flow").values():
+        few = common.column(rows, "few-shot").mean()
+        ratios.append(few / common.column(rows, "student", 3).mean())
+    return f"{min(ratios):.1f} to {max(ratios):.1f} times the error of full data"
+
+
+def step_of(flags: str) -> dict:
+    """What gpu.py found of a training iteration of eight rows."""
+    return common.where(results("gpu"), "steps", flags=flags)[0].found
+
+
 def cost_of(flags: str) -> str:
     """A line of the table of costs."""
-    rows = common.where(results("gpu"), "steps", flags=flags)
-    found = rows[0].found
+    found = step_of(flags)
     hours = 3000 * found["step"] / 3600
     shown = flags.replace("--recompute-every 1", "").strip()
     cells = [f"{found['step']:.2f} s", f"{100 * found['fraction']:.0f} %"]
@@ -142,6 +155,8 @@ def to_direct(budget: str, steps: int, method: str = "direct, 8 calls") -> list[
 
 def quotations() -> list[str]:
     """Passages of the README."""
+    calls = common.network_calls(common.matched())  # of today; those seconds are of one less
+    hours = 3000 * step_of("--recompute-every 1")["step"] / 3600 * (calls + 1) / calls
     toy_seconds = statistics.median(found_by("toy")["seconds"])
     few_steps = on_all_flows("student", 3)
     three = ("moons", "checkerboard", "spirals")
@@ -154,6 +169,8 @@ def quotations() -> list[str]:
     four_1, four_3 = to_direct("a tenth", 3, "direct, 4 calls")
     return [
         f"in {toy_seconds:.0f} s on two cores",
+        f"some {hours:.1f} h of training on an H100",
+        few_shot(),
         printed("toy", "Euler steps", "  matched, scaled"),
         printed("toy", "calibrated scale", "calibrated scale"),
         found_by("toy")["lines"][-1].replace("OUT", "toy_out"),
@@ -163,7 +180,7 @@ def quotations() -> list[str]:
         f" 12; a student of ten points {on_all_flows('few-shot')}.",
         *map(cost_of, ("--recompute-every 1", "--recompute-every 1 --compile",
                        "--recompute-every 2 --compile")),
-        f"At equal network calls, tuned alike, our error is {three_1} times its error in 3 steps"
+        f"our error is {three_1} times its error in 3 steps"
         f" ({three_3} at shift 3), {two_1} ({two_3}) in 2 steps and {one_1} ({one_3}) in one. At a"
         f" tenth of the budget it is {tenth_1} ({tenth_3}) in 3 steps, but {four_1} ({four_3}) if"
         " direct regression takes 4 calls.",
