@@ -499,6 +499,8 @@ def save(pipe: FluxPipeline, out: Path) -> None:
     for name, weight in load_file(file).items():
         named["text_model." + name.removeprefix("text_model.")] = weight
     save_file(named, file, {"format": "pt"})
+    for path in out.rglob("*.safetensors"):
+        path.chmod(0o644)  # safetensors leaves them to their owner alone
     # Each caption ten times, shapes and colors mixed: whichever come last are of all kinds.
     lines = [CAPTIONS[7 * i % len(CAPTIONS)] for i in range(10 * len(CAPTIONS))]
     (out / "prompts.txt").write_text("\n".join(lines) + "\n")

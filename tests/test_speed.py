@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -260,7 +261,7 @@ def processes(monkeypatch) -> list[list[str]]:
         commands.append(command)
         return subprocess.CompletedProcess(command, 1, stdout="", stderr="no memory")
 
-    monkeypatch.setattr(gpu.subprocess, "run", failing)
+    monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(run=failing))
     monkeypatch.delenv("MEDIUM_MODEL", raising=False)
     return commands
 

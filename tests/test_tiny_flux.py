@@ -186,6 +186,7 @@ def test_stock_diffusers_loads_what_it_saves(tmp_path):
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 3e6
     assert not [path for path in files if path.suffix not in (".json", ".safetensors", ".txt")]
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in files)  # anyone may read them
     pipe = FluxPipeline.from_pretrained(tmp_path, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     image = pipe(
