@@ -91,6 +91,7 @@ def flags_for(mark: str) -> list[str]:
 COUNT = at_least(1)
 SHIFT = at_least(1e-3, high=1e3)  # further out, times round to 0 or 1 in float32
 LONGEST_TEXT = 512  # tokens that Flux accepts
+PAPER_SHIFTS = (2.5, 4.5)  # that the paper trains on
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,10 @@ class Settings:
         text="number of steps to distil for")
     paper: bool = flag(False, weights=True, action="store_true",
         text="windows and velocities as published (Algorithm 2), whatever N is")
-    shift_range: tuple[float, float] = flag((2.5, 4.5), weights=True, type=SHIFT, nargs=2,
+    shift_range: tuple[float, float] = flag((2.0, 4.0), weights=True, type=SHIFT, nargs=2,
         metavar=("LOW", "HIGH"),
-        text="range of the time shift in training; windows are matched to its middle")
+        text="range of the time shift in training; windows are matched to its middle, which should"
+        " be --shift; with --paper the paper's 2.5 4.5 unless given")
     shift: float = flag(3.0, sampling=True, type=SHIFT,
         text="time shift of sampling")
     guidance: float = flag(3.5, sampling=True, type=at_least(0.0),
@@ -210,7 +212,10 @@ def parse(argv: list[str] | None) -> Settings:
     for name, value in given.items():
         if isinstance(value, list):
             given[name] = tuple(value)
-    settings = Settings(**given, given=frozenset(given))
+    flags = frozenset(given)
+    if "paper" in given:
+        given.setdefault("shift_range", PAPER_SHIFTS)
+    settings = Settings(**given, given=flags)
     complaint = wrong_combination(settings)
     if complaint:
         parser.error(complaint)

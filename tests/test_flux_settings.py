@@ -9,6 +9,8 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 from tiny_runs import SMALL, fd, parsed
 
+import shortcut as sc
+
 FLAGS = [setting for setting in fields(fd.Settings) if setting.metadata]
 
 
@@ -50,7 +52,7 @@ def test_help_shows_what_the_paper_and_the_tables_use(helped):
     assert helped["--teacher-steps"].endswith("(default: 32)")
     assert helped["--steps"].endswith("(default: 2 3 4 6 8)")
     assert helped["--student-steps"].endswith("(default: 3)")
-    assert helped["--shift-range"].endswith("(default: 2.5 4.5)")
+    assert helped["--shift-range"].endswith("(default: 2.0 4.0)")
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--batch", "0"]], ids=" ".join)
@@ -126,3 +128,14 @@ def test_wrong_flags_are_refused(flags, said, tmp_path, capsys):
 ])  # fmt: skip
 def test_student_steps_within_bounds_are_taken(flags, tmp_path):
     assert str(parsed(tmp_path, *flags.split()).student_steps) in flags
+
+
+def test_windows_are_matched_to_the_shift_of_sampling_unless_they_are_the_papers(tmp_path):
+    """2-D flows end twice as far off where the middle of the range is half a shift away."""
+    ours = fd.Settings()
+    assert sum(ours.shift_range) / 2 == ours.shift
+    papers = fd.parse(["--out", str(tmp_path), "--paper"])
+    assert papers.shift_range == sc.ShortcutConfig().shift_range
+    assert papers.given == {"out", "paper"}
+    given = fd.parse(["--out", str(tmp_path), "--paper", "--shift-range", "1", "2"])
+    assert given.shift_range == (1.0, 2.0)
