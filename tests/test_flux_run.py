@@ -109,7 +109,8 @@ def test_steps_and_teacher_steps_are_obeyed(tmp_path, capsys):
     setup.model.load("image")
     cond = setup.cache.conditions([pair.text for pair in setup.data.pairs], 3.5)
     noise = setup.cache.noise([("pool", i) for i in range(len(setup.data.pairs))])
-    stock = fd.stock_sample(setup.model, noise, 6, cond, shift=3.5, batch=8)
+    shift = sum(setup.settings.shift_range) / 2
+    stock = fd.stock_sample(setup.model, noise, 6, cond, shift=shift, batch=8)
     pool = setup.cache.read("latent", range(len(setup.data.pairs)))["latent"]
     assert_close(pool, stock, rtol=0, atol=5e-5)
 

@@ -209,7 +209,8 @@ def test_the_pool_is_the_stock_pipelines_at_the_default_guidance(guided):
     texts = [guided.data.texts[pair.text] for pair in pairs]
     noise = guided.cache.noise([("pool", pair.number) for pair in pairs])
     pool = guided.cache.read("latent", range(len(pairs)))["latent"]
-    pipe = stock_pipeline(3.5)
+    low, high = guided.settings.shift_range
+    pipe = stock_pipeline((low + high) / 2)
     assert_close(pool, stock_latents(pipe, texts, noise, 8, OF_THE_POOL), rtol=0, atol=5e-5)
     for other in (3.0, 4.0, GUIDANCE):
         assert difference(stock_latents(pipe, texts, noise, 8, other), pool) > 1e-3
