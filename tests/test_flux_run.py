@@ -168,7 +168,10 @@ def test_a_run_of_other_settings_is_left_alone(done, tmp_path):
     out = copied(done, tmp_path / "out")
     before = content(out)
     says(r"other settings \(--rank 4, now 8\)", "--out", out, "--rank", 8)
-    says(r"other settings \(--paper False, now True\)", "--out", out, "--paper")
+    words = (
+        r"other settings \(--paper False, now True; --shift-range \[2.0, 4.0\], now \[2.5, 4.5\]\)"
+    )
+    says(words, "--out", out, "--paper")
     assert content(out) == before
 
 
