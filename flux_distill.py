@@ -2574,11 +2574,8 @@ class Check(NamedTuple):
 
 
 TRY_KERNELS = "try DIFFUSERS_ATTN_BACKEND=_native_math, another version of PyTorch, or no --compile"
-
 TRY_DIFFUSERS = "try another version of diffusers"
-
 PLAIN = "that with PyTorch's plain attention"
-
 CHECKS = {
     "gradient": Check(0.05, "the student's gradient", PLAIN, TRY_KERNELS),
     "teacher": Check(0.25, "the teacher's velocity", "the same in float32", TRY_KERNELS),

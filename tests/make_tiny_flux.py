@@ -96,7 +96,6 @@ SIZES = {
 }
 SIZE = SIZES["tiny"].pixels
 TILES = 4  # along a side of an image
-CELL = SIZE // TILES  # pixels from tile to tile
 TEXT_TOKENS = 8
 SHAPES = ("circle", "square", "triangle", "ring", "cross")
 COLORS = {

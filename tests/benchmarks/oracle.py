@@ -13,7 +13,6 @@ errors are measured (RMSE of latents to 32 steps of the teacher, in 3 steps, noi
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -81,11 +80,11 @@ def measure(weights: str, captions: str, seed: int, length: float) -> dict:
     """Errors of the oracle by iteration, and of the teacher."""
     with tempfile.TemporaryDirectory() as folder:
         settings = common_flux.demonstration(Path(folder), seed, length=length)
-        world = common_flux.TinyFlux(replace(settings, batch=common_flux.BATCH))
-        return train_oracle(world, weights, captions, length)
+        return train_oracle(common_flux.TinyFlux(settings), weights, captions, length)
 
 
 def train_oracle(world: common_flux.TinyFlux, weights: str, captions: str, length: float) -> dict:
+    """Train one on the teacher's paths; see `measure`."""
     settings = world.settings
     data = world.data
     texts = sorted({pair.text for pair in data.pairs})
