@@ -1,4 +1,4 @@
-"""Distil FLUX.1-dev into a few-step sampler: a LoRA by SCFM (arXiv 2510.17858), see shortcut.py.
+"""Distil FLUX.1 or FLUX.2 into a few-step sampler: a LoRA by SCFM (arXiv 2510.17858).
 
 The phases of a run. A phase is skipped when its result is in --out and fits the settings, so after
 any interruption the same command resumes. Every random draw has a key: it depends on --seed and
@@ -116,7 +116,7 @@ class Settings:
         text="pixels, a multiple of 16")
     text_tokens: int = flag(256, weights=True, sampling=True, metavar="K",
         type=at_least(1, high=LONGEST_TEXT),
-        text=f"pad or cut texts to K tokens, at most {LONGEST_TEXT}")
+        text=f"pad or cut texts to K tokens, at most {LONGEST_TEXT}; FLUX.2: 512 by default")
     out: Path = flag(Path("flux_out"), sampling=True, type=Path,
         text="folder for all output")
     sample: tuple[str, ...] = flag((), sampling=True, nargs="+", metavar="PROMPT",
@@ -131,11 +131,13 @@ class Settings:
     shift_range: tuple[float, float] = flag((2.0, 4.0), weights=True, type=SHIFT, nargs=2,
         metavar=("LOW", "HIGH"),
         text="range of the time shift in training; windows are matched to its middle, which should"
-        " be --shift; with --paper the paper's 2.5 4.5 unless given")
+        " be --shift; FLUX.1 with --paper: the paper's 2.5 4.5 by default; FLUX.2: 4.0 8.0")
     shift: float = flag(3.0, sampling=True, type=SHIFT,
-        text="time shift of sampling")
+        text="time shift of sampling; FLUX.2: 6.0 by default")
     guidance: float = flag(3.5, sampling=True, type=at_least(0.0),
-        text="guidance for sampling; training draws its own from a range")
+        text="guidance; FLUX.2: 4.0 by default. A model that takes guidance as an input (FLUX.1,"
+        " FLUX.2-dev) is trained on a range and samples with this; for others (FLUX.2-klein-base)"
+        " it becomes part of the student, which then samples without any")
     teacher_steps: int = flag(32, type=at_least(2), metavar="K",
         text="steps of the teacher's reference samples")
     steps: tuple[int, ...] = flag((2, 3, 4, 6, 8), type=COUNT, nargs="+", metavar="N",
@@ -180,6 +182,11 @@ class Settings:
     def all_steps(self) -> list[int]:
         """Numbers of steps that are watched, calibrated and compared."""
         return sorted({*self.steps, self.student_steps})
+
+    def suited_to(self, family: Flux | Flux2) -> Settings:
+        """With the defaults of this family of models, where no flag says otherwise."""
+        others = {name: x for name, x in family.defaults.items() if name not in self.given}
+        return replace(self, **others)
 
 
 def make_parser() -> ArgumentParser:
@@ -321,6 +328,9 @@ from accelerate.utils import gather_object
 from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
 )
@@ -334,7 +344,12 @@ from diffusers.training_utils import (
 from diffusers.utils import load_image
 from huggingface_hub import ModelCardData, hf_hub_download
 from huggingface_hub import errors as hub
-from transformers import CLIPTextModel, T5EncoderModel
+from transformers import (
+    CLIPTextModel,
+    Mistral3ForConditionalGeneration,
+    Qwen3ForCausalLM,
+    T5EncoderModel,
+)
 
 import shortcut as sc
 
@@ -400,6 +415,7 @@ def main(argv: list[str] | None = None) -> None:
 def distil(settings: Settings, machine: Machine) -> None:
     """A whole run, or what is left of it."""
     run, cache = prepare(settings, machine)
+    settings = cache.settings
     with lock_out_folder(run.out, machine):
         results = finished(run)
         if not results:
@@ -448,14 +464,25 @@ def make_lora(settings: Settings, cache: Cache, run: Run, costs: Costs) -> None:
 
 
 def prepare(settings: Settings, machine: Machine) -> tuple[Run, Cache]:
-    """Find model and data; ends if --out holds the files of something else."""
+    """Find model and data; ends if --out holds the files of something else.
+
+    The settings of the cache have the defaults of the model's family.
+    """
     refuse_others(settings.out)
     model = Model(settings.model, machine, settings.quantize)
+    settings = settings.suited_to(model.family)
+    refuse_guidance(settings, model.family)
     check_memory(settings, model)
     model.download()
     data = read_data(settings, model)
     run = identify(settings, model, data)
     return run, Cache(settings, model, data)
+
+
+def refuse_guidance(settings: Settings, family: Flux | Flux2) -> None:
+    """Ends if the stock pipeline would not guide by as much as we do, without an error."""
+    if family.true_guidance and settings.guidance < 1:
+        die(f"--guidance {settings.guidance:g} must be at least 1, which is no guidance")
 
 
 def finished(run: Run) -> dict | None:
@@ -512,6 +539,8 @@ def identify(settings: Settings, model: Model, data: Data) -> Run:
     identity = {"version": VERSION, "model": model.fingerprint, "data": data.fingerprint}
     identity |= {name: getattr(settings, name) for name in flags_for("weights")}
     identity["passes"] = settings.accumulate * model.machine.processes
+    if model.family.true_guidance:  # then the student learns this one
+        identity["guidance"] = settings.guidance
     if settings.stop_when_matched:  # then these decide when training ends
         identity |= sampling | {"validate_every": settings.validate_every}
     identity = json.loads(json.dumps(identity))  # as it will be read from a file
@@ -545,6 +574,8 @@ class Flux:
     Latents are (B, C, H, W), an eighth of the pixels high and wide. Flux takes them packed, as
     tokens of 2 x 2 latents, which only the functions here know. Conditions are "text" (B, T, D)
     from T5, "pooled" (B, d) from CLIP, and "guidance" (B,).
+
+    A family is made from a pipeline's model_index.json and the config of its transformer.
     """
 
     name = "FLUX.1-dev"
@@ -554,21 +585,33 @@ class Flux:
     transformer = FluxTransformer2DModel
     text_encoders: ClassVar = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
     text_side = (*text_encoders, "tokenizer", "tokenizer_2")
-    guidance_range = (0.0, 8.0)  # that training draws from
-    pool_guidance = 3.5  # of images that the teacher makes for training
+    defaults: ClassVar = {}  # of flags, where they are others than those of Settings
+    kept = (28, 45)  # activations of a block, and of one that is recomputed; see check_memory
+    true_guidance = False  # whether a guided velocity takes two calls, one of them without the text
 
-    @staticmethod
-    def refusal(config: dict) -> str | None:
-        """Why a transformer with this config can't be distilled."""
-        if not config.get("guidance_embeds"):
+    def __init__(self, index: dict, config: dict):
+        self.config = config  # of the transformer
+
+    def refusal(self) -> str | None:
+        """Why this model can't be distilled."""
+        if not self.config.get("guidance_embeds"):
             return "takes no guidance: models like FLUX.1-schnell sample in 4 steps already"
         return None
 
     @staticmethod
-    def latent_shape(transformer: dict, vae: dict, resolution: int) -> tuple[int, int, int]:
-        """(C, H, W) of a square image, from the configs of transformer and VAE."""
+    def training_guidance(guidance: float) -> tuple[float, float]:
+        """The range that training draws from."""
+        return 0.0, 8.0
+
+    @staticmethod
+    def pool_guidance(guidance: float) -> float:
+        """That of images which the teacher makes for training."""
+        return 3.5
+
+    def latent_shape(self, vae: dict, resolution: int) -> tuple[int, int, int]:
+        """(C, H, W) of a square image, from the config of the VAE."""
         size = resolution // 2 ** (len(vae["block_out_channels"]) - 1)
-        return transformer["in_channels"] // 4, size, size
+        return self.config["in_channels"] // 4, size, size
 
     @staticmethod
     def activations(net: FluxTransformer2DModel, latent_shape: tuple, text_tokens: int) -> int:
@@ -582,27 +625,10 @@ class Flux:
         net.pos_embed = RotaryCache(net.pos_embed)
 
     @staticmethod
-    def blocks(net: FluxTransformer2DModel) -> list[torch.nn.Module]:
-        return [*net.transformer_blocks, *net.single_transformer_blocks]
-
-    @staticmethod
-    def lora_layers(net: FluxTransformer2DModel, layers: str) -> list[str]:
-        """Names of linear layers: those inside the blocks ("blocks"), or "all"."""
-        names = [name for name, m in net.named_modules() if isinstance(m, torch.nn.Linear)]
-        if layers == "all":
-            return names
-        return [name for name in names if "transformer_blocks." in name]
-
-    @staticmethod
     @torch.no_grad()
     def encode_text(pipe: FluxPipeline, text: str, length: int) -> dict[str, Tensor]:
         embeddings, pooled, _ = pipe.encode_prompt(text, text, max_sequence_length=length)
         return {"text": embeddings[0], "pooled": pooled[0]}
-
-    @staticmethod
-    def conditions(encoded: dict[str, Tensor], guidance: Tensor) -> dict[str, Tensor]:
-        """All that `velocity` takes besides x and t; texts as encoded, (B, ...), guidance (B,)."""
-        return encoded | {"guidance": guidance}
 
     @staticmethod
     def count_tokens(pipe: FluxPipeline, texts: list[str]) -> list[int]:
@@ -662,9 +688,16 @@ class Flux:
         ).sample
         return unpack(v.float(), height, width)
 
+    teacher_velocity = velocity
+
     @staticmethod
-    def sample(pipe: FluxPipeline, steps: int, noise: Tensor, **cond: Tensor) -> Tensor:
-        """Latents (B, C, H, W) in float32 that the stock pipeline makes of noise."""
+    def sample(
+        pipe: FluxPipeline, steps: int, guided: bool, noise: Tensor, **cond: Tensor
+    ) -> Tensor:
+        """Latents (B, C, H, W) in float32 that the stock pipeline makes of noise.
+
+        guided: as the teacher does; only with true guidance it makes a difference.
+        """
         height, width = noise.shape[2] // 2, noise.shape[3] // 2
         latents = pipe(
             prompt_embeds=cond["text"],
@@ -703,11 +736,248 @@ them.""",
 schedulers normal and beta, ancestral and lcm samplers"""
 
     @staticmethod
-    def licence(base_model: str) -> str:
-        """Name of the licence, as the Hub's YAML has it."""
-        if "flux.1-dev" in base_model.lower():
-            return "flux-1-dev-non-commercial-license"
-        return "that-of-the-base-model"
+    def licence(base_model: str) -> dict[str, str]:
+        """The licence, as the Hub's YAML has it."""
+        known = "flux.1-dev" in base_model.lower()
+        return other_licence("flux-1-dev-non-commercial-license" if known else OF_THE_BASE)
+
+
+class Flux2:
+    """FLUX.2: klein-base, whose teacher needs true guidance, and dev, which takes guidance.
+
+    Latents are (B, C, H, W) as the network takes them: patches of 2 x 2 of the VAE's, normalised by
+    its batch norm, a sixteenth of the pixels high and wide. Conditions are "text" (B, T, D),
+    "guidance" (B,) and, for true guidance, "empty" (B, T, D), the embedding of no text.
+    """
+
+    name = "FLUX.2-klein-base, FLUX.2-dev"
+    transformer = Flux2Transformer2DModel
+    text_side = ("text_encoder", "tokenizer")
+    kept = (33, 53)  # FLUX.1's, times the ratio of what autograd saves of a block
+    # The stock pipeline's shift grows with the image and falls with the number of steps: 5.5 to 6.2
+    # for 32 to 50 steps at 512 px, 7.6 to 8.4 at 1024 px. 4 to 8 is as wide as FLUX.1's range,
+    # relative to its middle. Texts are padded to 512 tokens, as in the pipeline.
+    defaults: ClassVar = {
+        "shift": 6.0,
+        "shift_range": (4.0, 8.0),
+        "guidance": 4.0,
+        "text_tokens": LONGEST_TEXT,
+    }
+
+    def __init__(self, index: dict, config: dict):
+        self.config = config  # of the transformer
+        self.true_guidance = not config.get("guidance_embeds")
+        self.is_distilled = bool(index.get("is_distilled"))
+        is_klein = index["_class_name"] == Flux2KleinPipeline.__name__
+        self.pipeline = Flux2KleinPipeline if is_klein else Flux2Pipeline
+        encoder = Qwen3ForCausalLM if is_klein else Mistral3ForConditionalGeneration
+        self.text_encoders = {"text_encoder": encoder}
+        self.size = "16 GB (4B) or 35 GB (9B)" if is_klein else "110 GB"  # of its files
+        self.gpu = "24 GB or more (9B: 40 GB)" if is_klein else "80 GB or more"
+        self.is_klein = is_klein
+
+    def refusal(self) -> str | None:
+        """Why this model can't be distilled."""
+        if self.is_distilled:
+            return "is distilled: it samples in 4 steps already"
+        if self.is_klein != self.true_guidance:  # the pipeline would ignore a guidance in silence
+            return "has a transformer that does not belong to its pipeline"
+        return None
+
+    def training_guidance(self, guidance: float) -> tuple[float, float]:
+        """The range that training draws from."""
+        return (guidance, guidance) if self.true_guidance else (0.0, 8.0)
+
+    @staticmethod
+    def pool_guidance(guidance: float) -> float:
+        """That of images which the teacher makes for training."""
+        return guidance
+
+    def latent_shape(self, vae: dict, resolution: int) -> tuple[int, int, int]:
+        """(C, H, W) of a square image, from the config of the VAE."""
+        size = resolution // 2 ** len(vae["block_out_channels"])
+        return self.config["in_channels"], size, size
+
+    @staticmethod
+    def activations(net: Flux2Transformer2DModel, latent_shape: tuple, text_tokens: int) -> int:
+        """Numbers in the input of a block, for one row."""
+        _, height, width = latent_shape
+        return (height * width + text_tokens) * net.inner_dim
+
+    @staticmethod
+    def prepare(net: Flux2Transformer2DModel) -> None:
+        """What speeds the network up without changing what it computes: nothing so far."""
+
+    @staticmethod
+    @torch.no_grad()
+    def encode_text(pipe: DiffusionPipeline, text: str, length: int) -> dict[str, Tensor]:
+        embeddings, _ = pipe.encode_prompt(text, max_sequence_length=length)
+        return {"text": embeddings[0]}
+
+    @staticmethod
+    def count_tokens(pipe: DiffusionPipeline, texts: list[str]) -> list[int]:
+        """Tokens of each text with what the pipeline puts around it."""
+        messages = [[{"role": "user", "content": text}] for text in texts]
+        how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        whole = [pipe.tokenizer.apply_chat_template(message, **how) for message in messages]
+        return [len(ids) for ids in pipe.tokenizer(whole, truncation=False).input_ids]
+
+    @staticmethod
+    def longest_text(pipe: DiffusionPipeline) -> int:
+        """Tokens that the text encoder takes at most."""
+        tokenizer = getattr(pipe.tokenizer, "tokenizer", pipe.tokenizer)  # dev has a processor
+        return min(tokenizer.model_max_length, pipe.tokenizer_max_length)
+
+    @classmethod
+    @torch.no_grad()
+    def encode_image(cls, pipe: DiffusionPipeline, pixels: Tensor) -> Tensor:
+        """Latents (B, C, H, W), normalised, of pixels (B, 3, h, w) in [-1, 1]."""
+        vae = pipe.vae
+        x = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
+        return cls.normalised(vae, x)
+
+    @staticmethod
+    def normalised(vae: torch.nn.Module, x: Tensor) -> Tensor:
+        """Latents (B, C, H, W) of the VAE's own (B, C / 4, 2 H, 2 W)."""
+        patches = torch.nn.functional.pixel_unshuffle(x.float(), 2)
+        mean, deviation = batch_norm_of(vae)
+        return (patches - mean) / deviation
+
+    @staticmethod
+    @torch.no_grad()
+    def decode(pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
+        """Images (B, h, w, 3) in [0, 1], on the CPU; one at a time through the VAE."""
+        vae = pipe.vae
+        mean, deviation = batch_norm_of(vae)
+        images = []
+        for x in latents.split(1):
+            x = torch.nn.functional.pixel_shuffle(x * deviation + mean, 2)
+            pixels = vae.decode(x.to(vae.dtype)).sample.float().cpu()
+            images.append(VaeImageProcessor.denormalize(pixels))
+        return torch.cat(images).permute(0, 2, 3, 1)
+
+    @staticmethod
+    def velocity(
+        net: Flux2Transformer2DModel,
+        x: Tensor,
+        t: Tensor,
+        dtype: torch.dtype | None = None,
+        *,
+        text: Tensor,
+        guidance: Tensor,
+        empty: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity (B, C, H, W) in float32, by one call; the network is fed in `dtype`.
+
+        Without true guidance: `empty` is not used, nor is `guidance` if the network takes none.
+        """
+        dtype = dtype or net.dtype
+        if net.dtype != torch.float32:
+            t = (1000 * t).to(net.dtype) / 1000  # rounded as the stock pipeline rounds
+        v = net(
+            hidden_states=x.flatten(2).mT.to(dtype),
+            timestep=t,
+            guidance=guidance if net.config.guidance_embeds else None,
+            encoder_hidden_states=text.to(dtype),
+            img_ids=Flux2Pipeline._prepare_latent_ids(x[:1]).to(x.device),
+            txt_ids=Flux2Pipeline._prepare_text_ids(text[:1]).to(x.device),
+        ).sample
+        return v.float().mT.unflatten(2, x.shape[2:])
+
+    def teacher_velocity(
+        self,
+        net: Flux2Transformer2DModel,
+        x: Tensor,
+        t: Tensor,
+        dtype: torch.dtype | None = None,
+        *,
+        text: Tensor,
+        guidance: Tensor,
+        empty: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity (B, C, H, W) in float32; true guidance takes one call with 2 B rows."""
+        if not self.true_guidance:
+            return self.velocity(net, x, t, dtype, text=text, guidance=guidance)
+        texts = torch.cat([text, empty])
+        both = self.velocity(
+            net, x.repeat(2, 1, 1, 1), t.repeat(2), dtype, text=texts, guidance=guidance.repeat(2)
+        )
+        with_text, without = both.chunk(2)
+        return without + guidance[:, None, None, None] * (with_text - without)
+
+    def sample(
+        self, pipe: DiffusionPipeline, steps: int, guided: bool, noise: Tensor, **cond: Tensor
+    ) -> Tensor:
+        """Latents (B, C, H, W) in float32 that the stock pipeline makes of noise.
+
+        guided: as the teacher does, for true guidance.
+        """
+        height, width = noise.shape[2:]
+        guidance = cond["guidance"][0].item()
+        if self.is_klein:
+            how = {"guidance_scale": guidance if guided else 1.0}
+            how["negative_prompt_embeds"] = cond.get("empty")
+        else:
+            how = {"guidance_scale": guidance}
+        pixels = 2 * pipe.vae_scale_factor
+        latents = pipe(
+            prompt_embeds=cond["text"],
+            height=height * pixels,
+            width=width * pixels,
+            num_inference_steps=steps,
+            latents=noise,
+            output_type="latent",
+            **how,
+        ).images
+        if self.is_klein:  # the VAE's own; dev: tokens
+            return self.normalised(pipe.vae, latents)
+        return latents.float().mT.unflatten(2, (height, width))
+
+    # What the model card says of this family. `tools`: which of them take a LoRA on these layers.
+    tags = ("flux2",)
+    tools: ClassVar = {
+        "blocks": """The LoRA is on the linear layers inside the transformer's blocks, under the
+names of diffusers, by which ComfyUI finds them since January 2026 (its pull request 11981; not
+tried here).""",
+        "all": """The LoRA is on all linear layers, under the names of diffusers. By report ComfyUI
+does not find those outside the blocks. `--layers blocks` makes a file without them.""",
+    }
+    comfyui_shift = math.exp(2.02)  # of ComfyUI, where no node sets another
+    unsuited = """Flux2Scheduler, whose times depend on image and steps, the schedulers normal and
+beta, ancestral and lcm samplers"""
+
+    @property
+    def comfyui(self) -> str:
+        guidance = "" if self.true_guidance else "| FluxGuidance | guidance {guidance:g} |\n"
+        return f"""| node | values |
+| --- | --- |
+| Load LoRA (`LoraLoaderModelOnly`: model only, not the Bypass variant) | strength {{scale}} |
+| ModelSamplingAuraFlow | shift {{shift:g}} |
+{guidance}\
+| KSampler | steps {{student_steps}}, cfg 1, sampler euler, scheduler simple, denoise 1 |"""
+
+    @staticmethod
+    def licence(base_model: str) -> dict[str, str]:
+        """The licence, as the Hub's YAML has it."""
+        name = base_model.lower()
+        if "klein" in name and "4b" in name:
+            return {"license": "apache-2.0"}
+        known = "flux.2-" in name
+        return other_licence("flux-non-commercial-license" if known else OF_THE_BASE)
+
+
+def batch_norm_of(vae: torch.nn.Module) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (4 C, 1, 1) of patches of latents, by which FLUX.2 normalises them."""
+    variance = vae.bn.running_var.float() + vae.config.batch_norm_eps
+    return vae.bn.running_mean.float()[:, None, None], variance.sqrt()[:, None, None]
+
+
+OF_THE_BASE = "that-of-the-base-model"
+
+
+def other_licence(name: str) -> dict[str, str]:
+    """A licence that the Hub has no identifier for."""
+    return {"license": "other", "license_name": name}
 
 
 class RotaryCache(torch.nn.Module):
@@ -739,7 +1009,24 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     return torch.nn.functional.pixel_shuffle(x, 2)
 
 
-FAMILIES = {"FluxPipeline": Flux}  # by _class_name in model_index.json
+def blocks_of(net: torch.nn.Module) -> list[torch.nn.Module]:
+    """The transformer's blocks, in their order."""
+    return [*net.transformer_blocks, *net.single_transformer_blocks]
+
+
+def linear_layers(net: torch.nn.Module, layers: str) -> list[str]:
+    """Names of the transformer's linear layers: those inside its blocks ("blocks"), or "all"."""
+    names = [name for name, m in net.named_modules() if isinstance(m, torch.nn.Linear)]
+    if layers == "all":
+        return names
+    return [name for name in names if "transformer_blocks." in name]
+
+
+FAMILIES = {  # by _class_name in model_index.json
+    "FluxPipeline": Flux,
+    "Flux2KleinPipeline": Flux2,
+    "Flux2Pipeline": Flux2,
+}
 
 # --------------------------------------------------------------------------- the teacher's pipeline
 
@@ -774,9 +1061,9 @@ class Model:
                 f"a {kind} ({family.name}, its fine-tunes)" for kind, family in FAMILIES.items()
             ]
             die(f"--model {name} is a {class_name}: this distils {' or '.join(known)}")
-        self.family = FAMILIES[class_name]
+        self.family = FAMILIES[class_name](index, self.config)
         self.parts = sorted(name for name, value in index.items() if isinstance(value, list))
-        refusal = self.family.refusal(self.config)
+        refusal = self.family.refusal()
         if refusal:
             die(f"--model {name} {refusal}")
 
@@ -787,7 +1074,7 @@ class Model:
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents of a square image."""
-        return self.family.latent_shape(self.config, self.vae_config, resolution)
+        return self.family.latent_shape(self.vae_config, resolution)
 
     def download(self) -> None:
         with explain(
@@ -906,14 +1193,23 @@ def int8():
 
 
 def stock_sample(
-    model: Model, noise: Tensor, steps: int, cond: dict[str, Tensor], shift: float, batch: int
+    model: Model,
+    noise: Tensor,
+    steps: int,
+    cond: dict[str, Tensor],
+    shift: float,
+    batch: int,
+    guided: bool = False,
 ) -> Tensor:
-    """Latents (B, C, H, W) that the stock pipeline makes of noise, `batch` at a time."""
+    """Latents (B, C, H, W) that the stock pipeline makes of noise, `batch` at a time.
+
+    guided: as the teacher; a student needs no true guidance.
+    """
     pipe = model.load("image")
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
         pipe.scheduler.config, use_dynamic_shifting=False, shift=shift
     )
-    return in_batches(batch, partial(model.family.sample, pipe, steps), noise, **cond)
+    return in_batches(batch, partial(model.family.sample, pipe, steps, guided), noise, **cond)
 
 
 # ----------------------------------------------------------------------------------- phase 1: cache
@@ -965,7 +1261,11 @@ class Cache:
     def conditions(self, texts, guidance: float | Tensor) -> dict[str, Tensor]:
         """All that the family's velocity takes besides x and t, for texts at these places."""
         guidance = torch.as_tensor(guidance).expand(len(texts))
-        cond = self.model.family.conditions(self.read("text", texts), guidance)
+        encoded = self.read("text", texts)
+        if self.data.empty is not None:
+            empty = self.read("text", [self.data.empty])["text"]
+            encoded["empty"] = empty.expand_as(encoded["text"])
+        cond = encoded | {"guidance": guidance}
         return {name: value.to(self.machine.device) for name, value in cond.items()}
 
     def noise(self, keys: list[tuple]) -> Tensor:
@@ -1050,8 +1350,9 @@ def encode_images(settings: Settings, cache: Cache, places: range) -> Entries:
 def sample_teacher(settings: Settings, cache: Cache, places: range) -> Entries:
     family = cache.model.family
     pairs = [cache.data.pairs[i] for i in places]
-    teacher = partial(family.velocity, cache.model.load("image").transformer)
-    cond = cache.conditions([pair.text for pair in pairs], family.pool_guidance)
+    teacher = partial(family.teacher_velocity, cache.model.load("image").transformer)
+    guidance = family.pool_guidance(settings.guidance)
+    cond = cache.conditions([pair.text for pair in pairs], guidance)
     noise = cache.noise([("pool", pair.number) for pair in pairs])
     times = sc.time_grid(settings.teacher_steps, sum(settings.shift_range) / 2)
     latents = sc.euler_sample(teacher, noise, times.to(cache.machine.device), **cond)
@@ -1128,12 +1429,12 @@ class LoRA:
     copy, next to nothing compared with a network call. None stands for the teacher.
     """
 
-    def __init__(self, family: type, net: torch.nn.Module, settings: Settings):
+    def __init__(self, family: Flux | Flux2, net: torch.nn.Module, settings: Settings):
         self.family = family
         self.net = net
         self.batch = settings.batch
-        self.blocks = family.blocks(net)
-        names = family.lora_layers(net, settings.layers)
+        self.blocks = blocks_of(net)
+        names = linear_layers(net, settings.layers)
         self.install(names, settings.rank, settings.seed)
         self.recompute(settings.recompute_every)
         if settings.compile:
@@ -1206,9 +1507,11 @@ class LoRA:
         --batch are split, for calls without a backward.
         """
 
+        network = self.family.teacher_velocity if weights is None else self.family.velocity
+
         def call(x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
             self.use(weights, scale)
-            return self.family.velocity(self.net, x, t, dtype, **cond)
+            return network(self.net, x, t, dtype, **cond)
 
         return partial(in_batches, self.batch, call)
 
@@ -1306,6 +1609,8 @@ class Method(NamedTuple):
     windows: Callable[..., sc.Windows]  # of (batch, U=, generator=)
     velocities: Callable[..., tuple[sc.Velocity, sc.Velocity]]  # of (windows, teacher, **emas)
     ema_warmup: bool
+    teacher_calls: float  # velocities of a row that the teacher gives, on average
+    ema_calls: float
 
 
 def method_of(settings: Settings) -> Method:
@@ -1319,12 +1624,29 @@ def method_with(config: sc.ShortcutConfig | sc.MatchedConfig, ema_warmup: bool =
     """The method that a config of shortcut.py is for."""
     if isinstance(config, sc.ShortcutConfig):
         decays = {"slow": config.slow_decay, "fast": config.fast_decay}
-        return Method(decays, partial(sc.sample_windows, config), sc.dual, ema_warmup)
+        windows = partial(sc.sample_windows, config)
+        rho = config.teacher_ratio
+        return Method(decays, windows, sc.dual, ema_warmup, rho, 2 - rho)
 
     def windows(batch: int, U: float, generator: torch.Generator) -> sc.Windows:
         return sc.matched_windows(config, batch, generator=generator)  # all are teacher rows
 
-    return Method({"slow": config.slow_decay}, windows, sc.matched, ema_warmup)
+    return Method({"slow": config.slow_decay}, windows, sc.matched, ema_warmup, 2, 1)
+
+
+def network_calls(settings: Settings, family: Flux | Flux2) -> dict[str, float]:
+    """Calls for a row of an iteration, and for an image by the teacher and by the student.
+
+    A guided velocity of the teacher is two calls with true guidance. The student has three in an
+    iteration, for its backward pass counts as two.
+    """
+    method = method_of(settings)
+    of_teacher = 2 if family.true_guidance else 1
+    return {
+        "iteration": method.teacher_calls * of_teacher + method.ema_calls + 3,
+        "teacher": settings.teacher_steps * of_teacher,
+        "student": settings.student_steps,
+    }
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
@@ -1462,7 +1784,7 @@ def draw_batch(
     texts = [text for text, _ in drawn]
     x_0 = torch.stack([latent for _, latent in drawn])
     noise = torch.randn(x_0.shape, generator=generator)
-    low, high = cache.model.family.guidance_range
+    low, high = cache.model.family.training_guidance(settings.guidance)
     guidance = low + (high - low) * torch.rand(len(rows), generator=generator)
     device = cache.machine.device
     return x_0.to(device), noise.to(device), cache.conditions(texts, guidance)
@@ -1635,7 +1957,8 @@ class Validation:
         self.fine = self.end(None, settings.teacher_steps)
         self.coarse = self.end(None, settings.student_steps)
         self.coarse.sum().item()  # waits for a GPU
-        calls = settings.teacher_steps + settings.student_steps
+        self.of_teacher = 2 if cache.model.family.true_guidance else 1  # calls for a velocity
+        calls = self.of_teacher * (settings.teacher_steps + settings.student_steps)
         self.seconds = (time.perf_counter() - began) / calls  # of one network call on all rows
 
     def times(self, steps: int) -> Tensor:
@@ -1875,12 +2198,12 @@ def compare(settings: Settings, cache: Cache, run: Run) -> dict:
     N = settings.student_steps
     pipe = load_student(model, run.out, adapter["scales"][N])
 
-    def sample(noise: Tensor, steps: int, cond: dict[str, Tensor]) -> Tensor:
-        return stock_sample(model, noise, steps, cond, settings.shift, settings.batch)
+    def sample(noise: Tensor, steps: int, cond: dict[str, Tensor], guided: bool) -> Tensor:
+        return stock_sample(model, noise, steps, cond, settings.shift, settings.batch, guided)
 
     expected = load_file(run.check)["latents"].to(machine.device)
     cond, noise = cache.held_out([0], "check")
-    check = rms(sample(noise, N, cond) - expected) / rms(expected)
+    check = rms(sample(noise, N, cond, False) - expected) / rms(expected)
     if not check < (3e-2 if machine.device == "cuda" else 1e-5):
         die(
             f"self-check failed: in a fresh pipeline {run.lora} gives other latents than in"
@@ -1889,7 +2212,7 @@ def compare(settings: Settings, cache: Cache, run: Run) -> dict:
 
     cond, noise = cache.held_out(data.comparison, "compare")
     pipe.set_adapters("student", 0.0)
-    fine = sample(noise, settings.teacher_steps, cond)
+    fine = sample(noise, settings.teacher_steps, cond, True)
     fine_images = model.family.decode(pipe, fine)
     steps = settings.all_steps
     samplers = {
@@ -1903,7 +2226,7 @@ def compare(settings: Settings, cache: Cache, run: Run) -> dict:
     for sampler, n in machine.progress(cells, "compare"):
         scale = samplers[sampler][n]
         pipe.set_adapters("student", scale)
-        latents = sample(noise, n, cond)
+        latents = sample(noise, n, cond, sampler == "teacher")
         distance = rms(latents - fine)
         if not math.isfinite(distance):
             die(
@@ -1928,6 +2251,7 @@ def compare(settings: Settings, cache: Cache, run: Run) -> dict:
         "adapter": adapter,
         # Each sample with that of the same text and the next noise.
         "seed_to_seed": rms(fine - fine.roll(len(data.comparison), 0)),
+        "network_calls": network_calls(settings, model.family),
         "teacher_steps": settings.teacher_steps,
     }
 
@@ -1959,6 +2283,11 @@ def render(settings: Settings, machine: Machine) -> None:
     adapter = read_adapter(out)
     settings = follow_adapter(settings, adapter)
     model = Model(settings.model, machine, settings.quantize)
+    if model.family.true_guidance and "guidance" in settings.given:
+        die(
+            f"--guidance: the student in --out {out} has learned a guidance of"
+            f" {adapter['guidance']:g}, and no other can be had from it: leave the flag out"
+        )
     model.download()
     if adapter["settings"]["model"] != model.fingerprint:
         die(
@@ -1970,7 +2299,7 @@ def render(settings: Settings, machine: Machine) -> None:
     name_cut_texts(settings, model, texts)
     load_student(model, out, adapter["scales"][settings.student_steps])
     guidance = torch.full((len(texts),), settings.guidance)
-    cond = model.family.conditions(stacked(encoded), guidance)
+    cond = stacked(encoded) | {"guidance": guidance}
     noise = draw_noise(settings, model, [("sample", i) for i in range(len(texts))])
     latents = stock_sample(
         model, noise, settings.student_steps, cond, settings.shift, settings.batch
@@ -2085,6 +2414,7 @@ class Data:
     text_keys: list[str]  # identify the embeddings and latents in the cache
     latent_keys: list[str]
     fingerprint: str  # of what is trained on
+    empty: int | None  # place in texts of "", for true guidance
 
 
 def read_data(settings: Settings, model: Model) -> Data:
@@ -2108,7 +2438,7 @@ def read_data(settings: Settings, model: Model) -> Data:
     if settings.images:
         examples = read_images(settings.images, settings.resolution, machine, is_cached)
     else:
-        how = [settings.teacher_steps, model.family.pool_guidance]
+        how = [settings.teacher_steps, model.family.pool_guidance(settings.guidance)]
         examples = [Example(text, [text, i, *how], None) for i, text in enumerate(prompts)]
     held_out_texts = {text.casefold() for text in held_out}
     numbered = []
@@ -2130,7 +2460,8 @@ def read_data(settings: Settings, model: Model) -> Data:
             " held-out prompts: give --prompts a file that ends with other lines"
         )
     kept = [example for _, example in numbered]
-    texts = list(dict.fromkeys([*held_out, *(example.caption for example in kept)]))
+    more = [""] if model.family.true_guidance else []
+    texts = list(dict.fromkeys([*held_out, *(example.caption for example in kept), *more]))
     places = {text: i for i, text in enumerate(texts)}
     third = max(1, len(held_out) // 3)
 
@@ -2146,6 +2477,7 @@ def read_data(settings: Settings, model: Model) -> Data:
         text_keys=[text_key(text) for text in texts],
         latent_keys=[latent_key(example.identity) for example in kept],
         fingerprint=digest([example.identity for example in kept]),
+        empty=places.get(""),
     )
 
 
@@ -2400,7 +2732,7 @@ pipe.load_lora_weights({out!r}, weight_name="{lora}", adapter_name="scfm")
 pipe.set_adapters("scfm", {scale})
 pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
     pipe.scheduler.config, use_dynamic_shifting=False, shift={shift})
-image = pipe("PROMPT", num_inference_steps={student_steps}, guidance_scale={guidance},
+image = pipe(prompt="PROMPT", num_inference_steps={student_steps}, guidance_scale={guidance_scale},
              max_sequence_length={max_sequence_length},
              height={resolution}, width={resolution}).images[0]
 ```
@@ -2450,7 +2782,7 @@ int8 = PipelineQuantizationConfig(
 FADES = 0.003  # relative change of weights below which bfloat16 rounds much of it away
 
 
-def card(results: dict, out: Path, family: type, machine: Machine) -> str:
+def card(results: dict, out: Path, family: Flux | Flux2, machine: Machine) -> str:
     """The model card."""
     adapter = results["adapter"]
     identity = adapter["settings"]
@@ -2489,6 +2821,7 @@ def card(results: dict, out: Path, family: type, machine: Machine) -> str:
         "scale": scale,
         "comfyui": family.comfyui.format(scale=scale, **adapter),
         "unsuited": family.unsuited,
+        "guidance_scale": 1.0 if family.true_guidance else adapter["guidance"],
         "times": format_times(N, shift),
         "no_node": no_node,
         "strengths": "\n".join(rows),
@@ -2512,7 +2845,13 @@ def card_costs(results: dict) -> str:
         rows.append(f"| {name} | {duration(phase['seconds'])} | {memory} |")
     machine = dict(results["machine"])
     versions = ", ".join(f"{name} {number}" for name, number in machine.items() if name != "device")
-    words = [f"On {machine['device']} with {versions}."]
+    calls = results["network_calls"]
+    words = [
+        f"On {machine['device']} with {versions}. Network calls: {calls['iteration']:g} for each"
+        " row of an iteration (a backward pass counts as two);"
+        f" {calls['teacher']} for an image by {results['teacher_steps']} steps of the teacher,"
+        f" {calls['student']} for one by the student."
+    ]
     checks = results["adapter"]["checks"]
     if checks:
         found = []
@@ -2530,15 +2869,14 @@ def card_costs(results: dict) -> str:
     return "\n".join([*rows, "", *words])
 
 
-def card_head(base_model: str, family: type) -> str:
+def card_head(base_model: str, family: Flux | Flux2) -> str:
     """The card's YAML; the Hub takes a name of its own as base model, and refuses a folder's."""
     relation = {"base_model": base_model, "base_model_relation": "adapter"}
     data = ModelCardData(
         **(relation if "/" in base_model else {}),
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        license="other",
-        license_name=family.licence(base_model),
+        **family.licence(base_model),
         tags=[*family.tags, "lora", "few-step", "distillation"],
     )
     return f"---\n{data.to_yaml()}\n---"
@@ -2661,7 +2999,7 @@ def device_errors(settings: Settings, cache: Cache, lora: LoRA) -> dict[str, flo
     times = sc.time_grid(N, shift).to(device)
     our_latents = sc.euler_sample(lora.velocity(None), start, times, **held_out_cond)
     lora.use(None)
-    stock = stock_sample(cache.model, start, N, held_out_cond, shift, settings.batch)
+    stock = stock_sample(cache.model, start, N, held_out_cond, shift, settings.batch, True)
     found["pipeline"] = difference(our_latents, stock)
     return found
 
@@ -2802,20 +3140,21 @@ def check_memory(settings: Settings, model: Model) -> None:
             " older than 580: pip install 'torch<2.11'), or try --model tests/tiny_flux here"
         )
     bytes_each = machine.dtype.itemsize
-    blocks = len(model.family.blocks(net))
+    blocks = len(blocks_of(net))
     every = settings.recompute_every
     recomputed = math.ceil(blocks / every) if every else 0
 
     base = parameters * (1 if settings.quantize else bytes_each)
     if settings.quantize:  # torchao computes with copies, which autograd keeps in other blocks
         base += parameters * bytes_each * (blocks - recomputed) / blocks
-    # Activations kept, as multiples of a block's input: 1 for each block that is recomputed, about
-    # 28 for any other, and 45 while one is recomputed.
-    kept = recomputed + 28 * (blocks - recomputed) + 45 * (recomputed > 0)
+    # Activations kept, as multiples of a block's input: 1 for each block that is recomputed, more
+    # for any other, and most while one is recomputed.
+    whole, while_recomputed = model.family.kept
+    kept = recomputed + whole * (blocks - recomputed) + while_recomputed * (recomputed > 0)
     latent_shape = model.latent_shape(settings.resolution)
     of_row = model.family.activations(net, latent_shape, settings.text_tokens)
     activations = bytes_each * settings.batch * of_row * kept
-    layers = model.family.lora_layers(net, settings.layers)
+    layers = linear_layers(net, settings.layers)
     lora = settings.rank * sum(sum(net.get_submodule(name).weight.shape) for name in layers)
     # In float32: student, gradient, two moments, EMAs.
     vectors = 4 + len(method_of(settings).decays)
@@ -2847,16 +3186,20 @@ def forecast(
     call = validation.seconds  # one network call, on all validation rows
     validate = call * (N + every_n)  # a sampling, and a velocity at each step for lam*
     calibrate = call * 11 * (every_n + N)  # ten samplings and lam*; at N for two sets of weights
-    compare = call * (settings.teacher_steps + 3 * every_n) * validation.compared
+    of_teacher = validation.of_teacher
+    compare = call * (of_teacher * (settings.teacher_steps + every_n) + 2 * every_n)
+    compare *= validation.compared
     left = range(iteration + 1, settings.iterations + 1)
     due = [i for i in left if i % settings.validate_every == 0 or i == settings.iterations]
-    # The first lam* also follows the teacher's path, 16 calls a step.
-    training = len(left) * seconds + len(due) * validate + call * 16 * every_n
+    # The first lam* also follows the teacher's path, by 16 velocities a step.
+    training = len(left) * seconds + len(due) * validate + call * of_teacher * 16 * every_n
     end = datetime.now() + timedelta(seconds=training)
     validations = f"{counted(due, 'validation')} of {duration(validate)}"
+    calls = network_calls(settings, validation.cache.model.family)["iteration"]
     words = (
-        f"{seconds:.3g} s per iteration; training takes {duration(training)} more, until"
-        f" {end:%a %H:%M}, with {validations}; calibration then takes about"
+        f"{seconds:.3g} s per iteration, of {calls:g} network calls a row; training takes"
+        f" {duration(training)} more, until {end:%a %H:%M}, with {validations}; calibration then"
+        " takes about"
         f" {duration(calibrate)} and comparison {duration(compare)}"
     )
     if machine.device != "cuda":

@@ -66,7 +66,7 @@ def before_network_calls(action: Callable[[], None]):
     """Call `action` before each call of a Flux transformer."""
 
     def before(module, inputs):
-        if type(module).__name__ == "FluxTransformer2DModel":
+        if type(module).__name__ in ("FluxTransformer2DModel", "Flux2Transformer2DModel"):
             action()
 
     handle = register_module_forward_pre_hook(before)

@@ -498,6 +498,11 @@ def save(pipe: FluxPipeline, out: Path) -> None:
     for name, weight in load_file(file).items():
         named["text_model." + name.removeprefix("text_model.")] = weight
     save_file(named, file, {"format": "pt"})
+    finish(out)
+
+
+def finish(out: Path) -> None:
+    """Let everybody read the weights; add prompts.txt."""
     for path in out.rglob("*.safetensors"):
         path.chmod(0o644)  # safetensors leaves them to their owner alone
     # Each caption ten times, shapes and colors mixed: whichever come last are of all kinds.

@@ -128,9 +128,8 @@ def test_layers_are_those_inside_the_blocks_or_all(setup):
     net = setup.model.load("image", fresh=True).transformer
     linear = [name for name, m in net.named_modules() if isinstance(m, torch.nn.Linear)]
     inside = [name for name in linear if "blocks." in name]
-    family = setup.model.family
-    assert family.lora_layers(net, "blocks") == inside
-    assert family.lora_layers(net, "all") == linear
+    assert fd.linear_layers(net, "blocks") == inside
+    assert fd.linear_layers(net, "all") == linear
     assert any("norm" in name for name in inside)
     assert len(linear) == len(inside) + 10
     assert setup.settings.layers == "blocks"

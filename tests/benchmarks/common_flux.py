@@ -64,9 +64,9 @@ class TinyFlux:
     """A run before its training: data, cache, and a LoRA on the tiny Flux."""
 
     def __init__(self, settings: fd.Settings):
-        self.settings = settings
         with redirect_stdout(sys.stderr):
             self.run, self.cache = fd.prepare(settings, fd.Machine())
+            self.settings = settings = self.cache.settings
             fd.fill_cache(settings, self.cache)
         self.model, self.data = self.cache.model, self.cache.data
         self.pipe = self.model.load("image")

@@ -1,0 +1,633 @@
+"""FLUX.2: other latents, other positions, and a teacher with true guidance. See test_flux_model.py.
+
+The references are the stock pipeline and transformer. Most of what is tested here is silent when it
+is wrong: another image, and no error.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+)
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from faults import before_network_calls
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_runs import copied, fd, new_lora, prepared, run, same_run, says
+from torch import Tensor
+from torch.testing import assert_close
+
+import shortcut as sc
+
+KLEIN = Path(__file__).parent / "tiny_klein"
+GUIDANCE = 2.0  # of the runs here
+FLAGS = ("--model", KLEIN, "--prompts", KLEIN / "prompts.txt", "--guidance", GUIDANCE)
+EXACT = {"rtol": 0, "atol": 5e-5}
+
+
+# --------------------------------------------------------------------------------- what tests share
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory) -> SimpleNamespace:
+    """A prepared run, its cache filled."""
+    return prepared(tmp_path_factory.mktemp("setup") / "out", *FLAGS)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> SimpleNamespace:
+    """The folder of a whole run, and the rows of its network calls by phase."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    with rows_of_calls() as rows:
+        run(out, *FLAGS)
+    return SimpleNamespace(out=out, rows=rows)
+
+
+@contextmanager
+def rows_of_calls():
+    """How many rows each phase feeds the transformer."""
+    current = ["elsewhere"]
+    rows = {}
+    forward = Flux2Transformer2DModel.forward
+
+    def counting(net, *args, **kwargs):
+        rows[current[-1]] = rows.get(current[-1], 0) + len(kwargs["hidden_states"])
+        return forward(net, *args, **kwargs)
+
+    def noted(function, name):
+        def call(*args, **kwargs):
+            current.append(name)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                current.pop()
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Flux2Transformer2DModel, "forward", counting)
+        for name in ("fill_cache", "loss_of", "compare", "render"):
+            patch.setattr(fd, name, noted(getattr(fd, name), name))
+        yield rows
+
+
+def stock_pipeline(shift: float) -> Flux2KleinPipeline:
+    pipe = Flux2KleinPipeline.from_pretrained(KLEIN, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    return pipe
+
+
+def stock_latents(
+    pipe: Flux2KleinPipeline, texts: list[str], noise: Tensor, steps: int, guidance: float
+) -> Tensor:
+    """Latents (B, C, H, W) of texts, by the stock pipeline alone."""
+    latents = pipe(
+        prompt=texts,
+        height=32,
+        width=32,
+        guidance_scale=guidance,
+        num_inference_steps=steps,
+        max_sequence_length=8,
+        latents=noise,
+        output_type="latent",
+    ).images
+    return normalised(pipe, latents)
+
+
+def normalised(pipe: Flux2KleinPipeline, latents: Tensor) -> Tensor:
+    bn = pipe.vae.bn
+    patches = pipe._patchify_latents(latents)
+    return torch.nn.functional.batch_norm(
+        patches, bn.running_mean, bn.running_var, eps=pipe.vae.config.batch_norm_eps
+    )
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """Relative, in RMS."""
+    return fd.rms(a - b) / fd.rms(b)
+
+
+# ------------------------------------------------------------------------------ latents, text, time
+
+
+def test_latents_have_the_shape_that_the_pipeline_draws(setup):
+    pipe = setup.model.load("image")
+    tokens, ids = pipe.prepare_latents(1, 4, 48, 48, torch.float32, "cpu", torch.Generator())
+    channels, height, width = setup.model.latent_shape(48)
+    assert tokens.shape == (1, height * width, channels)
+    assert ids.shape == (1, height * width, 4)
+
+
+def test_images_are_encoded_as_the_pipeline_does_and_decoded_again(setup):
+    pipe = stock_pipeline(3.0)
+    family = setup.model.family
+    pixels = 2 * torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)) - 1
+    latents = family.encode_image(pipe, pixels)
+    assert_close(latents, pipe._encode_vae_image(pixels, None), **EXACT)
+    raw = pipe.vae.encode(pixels).latent_dist.mode()
+    assert difference(latents, pipe._patchify_latents(raw)) > 0.1  # batch norm does something
+    expected = pipe.image_processor.postprocess(pipe.vae.decode(raw).sample, output_type="pt")
+    assert_close(family.decode(pipe, latents).permute(0, 3, 1, 2), expected, rtol=0, atol=1e-4)
+
+
+def test_the_images_of_a_run_are_the_pipelines(setup):
+    """From noise to pixels, by the stock pipeline alone and by our parts."""
+    pipe = stock_pipeline(6.0)
+    text = setup.data.texts[0]
+    noise = setup.cache.noise([("image",)])
+    expected = pipe(
+        prompt=text, height=32, width=32, num_inference_steps=3, guidance_scale=GUIDANCE,
+        max_sequence_length=8, latents=noise, output_type="np",
+    ).images  # fmt: skip
+    cond = setup.cache.conditions([0], GUIDANCE)
+    teacher = new_lora(setup).velocity(None)
+    latents = sc.euler_sample(teacher, noise, sc.time_grid(3, 6.0), **cond)
+    ours = setup.model.family.decode(setup.model.load("image"), latents)
+    assert np.abs(ours.numpy() - expected).max() < 1e-3
+
+
+def test_a_text_is_what_the_pipeline_makes_of_it(setup):
+    """Three layers of the encoder, no pooled vector; the empty text is cached with the others."""
+    pipe = stock_pipeline(3.0)
+    assert setup.data.texts[setup.data.empty] == ""
+    for i, text in enumerate(setup.data.texts):
+        embeddings, ids = pipe.encode_prompt(text, max_sequence_length=8)
+        assert_close(setup.cache.read("text", [i])["text"], embeddings)
+        assert ids.tolist() == [[[0, 0, 0, k] for k in range(8)]]
+    cond = setup.cache.conditions([0, 1], GUIDANCE)
+    assert cond.keys() == {"text", "guidance", "empty"}
+    assert torch.equal(cond["empty"][0], cond["empty"][1])
+
+
+def test_tokens_are_counted_with_the_template(setup):
+    pipe = stock_pipeline(3.0)
+    texts = ["a red ring", "a very long caption of a purple triangle on some tiles"]
+    short, long = setup.model.family.count_tokens(pipe, texts)
+    assert short == 5  # one for each word, and two around them
+    assert long > 8 == setup.model.family.longest_text(pipe)
+    _, mask = encoder_input(pipe, texts[0])
+    assert mask.sum() == short
+
+
+def encoder_input(pipe: Flux2KleinPipeline, text: str) -> tuple[Tensor, Tensor]:
+    """Ids and mask that the text encoder gets."""
+    given = {}
+
+    def note(module, args, kwargs):
+        given.update(kwargs)
+
+    hook = pipe.text_encoder.register_forward_pre_hook(note, with_kwargs=True)
+    pipe.encode_prompt(text, max_sequence_length=8)
+    hook.remove()
+    return given["input_ids"], given["attention_mask"]
+
+
+@pytest.mark.parametrize("pixels", [512, 1024])
+def test_default_shifts_are_those_of_the_stock_sampler_at_32_to_50_steps(pixels):
+    low, high = fd.Flux2.defaults["shift_range"]
+    assert fd.Flux2.defaults["shift"] == (low + high) / 2
+    shifts = [np.exp(compute_empirical_mu((pixels // 16) ** 2, n)) for n in (32, 50)]
+    near = [low <= shift <= high for shift in shifts]
+    assert all(near) if pixels == 512 else near == [False, True]  # 8.4 and 7.6 at 1024 px
+
+
+# ----------------------------------------------------------------------------------------- velocity
+
+
+@pytest.mark.parametrize("size", [(4, 4), (2, 6)])
+@pytest.mark.parametrize("guidance", [1.0, GUIDANCE, 5.0])
+def test_the_teacher_is_the_stock_pipeline_at_the_same_guidance(setup, guidance, size):
+    """Positions, time, guidance and normalisation: each wrong one gives another image."""
+    noise = torch.randn(2, 16, *size, generator=torch.Generator().manual_seed(1))
+    cond = setup.cache.conditions([0, 1], guidance)
+    pipe = stock_pipeline(6.0)
+
+    def stock(guidance: float) -> Tensor:
+        latents = pipe(
+            prompt_embeds=cond["text"],
+            negative_prompt_embeds=cond["empty"],
+            height=8 * size[0],
+            width=8 * size[1],
+            guidance_scale=guidance,
+            num_inference_steps=3,
+            latents=noise,
+            output_type="latent",
+        ).images
+        return normalised(pipe, latents)
+
+    lora = new_lora(setup)
+    ours = sc.euler_sample(lora.velocity(None), noise, sc.time_grid(3, 6.0), **cond)
+    assert_close(ours, stock(guidance), **EXACT)
+    ours_by_pipeline = fd.stock_sample(setup.model, noise, 3, cond, 6.0, batch=1, guided=True)
+    assert_close(ours_by_pipeline, ours, **EXACT)
+    for other in {max(1, guidance - 1), guidance + 1} - {guidance}:
+        assert difference(stock(other), ours) > 1e-2
+
+
+def test_a_student_is_one_plain_call(setup):
+    """As the pipeline's at guidance 1, whatever guidance it was taught."""
+    lora = new_lora(setup)
+    weights = lora.loaded_weights()
+    noise = setup.cache.noise([("student", i) for i in range(2)])
+    cond = setup.cache.conditions([0, 1], GUIDANCE)
+    with rows_of_calls() as rows:
+        ours = sc.euler_sample(lora.velocity(weights), noise, sc.time_grid(3, 6.0), **cond)
+    assert rows == {"elsewhere": 6}
+    texts = setup.data.texts[:2]
+    pipe = stock_pipeline(6.0)
+    assert_close(ours, stock_latents(pipe, texts, noise, 3, 1.0), **EXACT)
+    assert difference(stock_latents(pipe, texts, noise, 3, GUIDANCE), ours) > 1e-2
+    assert_close(fd.stock_sample(setup.model, noise, 3, cond, 6.0, batch=2), ours, **EXACT)
+
+
+def test_one_batch_of_both_texts_is_two_calls(setup):
+    net = setup.model.load("image", fresh=True).transformer
+    family = setup.model.family
+    x = setup.cache.noise([("two", i) for i in range(3)])
+    t = torch.tensor([0.9, 0.5, 0.1])
+    cond = setup.cache.conditions([0, 1, 2], torch.tensor([1.5, 2.0, 4.0]))
+    with torch.no_grad():
+        together = family.teacher_velocity(net, x, t, **cond)
+        plain = family.velocity(net, x, t, **cond)
+        without = family.velocity(net, x, t, **cond | {"text": cond["empty"]})
+    guidance = cond["guidance"][:, None, None, None]
+    assert_close(together, without + guidance * (plain - without), **EXACT)
+
+
+def test_a_teacher_without_the_empty_text_is_an_error(setup):
+    cond = setup.cache.conditions([0], GUIDANCE)
+    del cond["empty"]
+    with pytest.raises(TypeError):
+        new_lora(setup).velocity(None)(setup.cache.noise([(0,)]), torch.ones(1), **cond)
+
+
+@pytest.mark.parametrize("which", ["img_ids", "txt_ids"])
+def test_positions_matter(setup, which, monkeypatch):
+    """Zeros in their place, as FLUX.1 has them for text, would be no error."""
+    net = setup.model.load("image", fresh=True).transformer
+    x = setup.cache.noise([("ids",)])
+    cond = setup.cache.conditions([0], GUIDANCE)
+    forward = net.forward
+
+    def velocity() -> Tensor:
+        with torch.no_grad():
+            return setup.model.family.velocity(net, x, torch.full((1,), 0.5), **cond)
+
+    right = velocity()
+    monkeypatch.setattr(net, "forward", lambda **k: forward(**k | {which: 0 * k[which]}))
+    assert difference(velocity(), right) > 1e-2
+
+
+def test_a_guidance_that_the_network_does_not_take_is_ignored_by_diffusers(setup):
+    """Hence the refusal below of a transformer that does not belong to its pipeline."""
+    net = setup.model.load("image", fresh=True).transformer
+    cond = setup.cache.conditions([0], GUIDANCE)
+    x = setup.cache.noise([("ignored",)]).flatten(2).mT
+    how = dict(
+        hidden_states=x, timestep=torch.ones(1), encoder_hidden_states=cond["text"],
+        img_ids=Flux2Pipeline._prepare_latent_ids(torch.zeros(1, 16, 4, 4)),
+        txt_ids=Flux2Pipeline._prepare_text_ids(cond["text"]),
+    )  # fmt: skip
+    with torch.no_grad():
+        assert torch.equal(net(**how).sample, net(guidance=torch.ones(1), **how).sample)
+
+
+# ------------------------------------------------------------------------------------ phases of a run
+
+
+def test_the_pool_is_the_guided_teachers(setup):
+    pairs = setup.data.pairs
+    texts = [setup.data.texts[pair.text] for pair in pairs]
+    noise = setup.cache.noise([("pool", pair.number) for pair in pairs])
+    pool = setup.cache.read("latent", range(len(pairs)))["latent"]
+    pipe = stock_pipeline(6.0)
+    assert_close(pool, stock_latents(pipe, texts, noise, 8, GUIDANCE), rtol=0, atol=2e-4)
+    for other in (1.0, GUIDANCE + 1):
+        assert difference(stock_latents(pipe, texts, noise, 8, other), pool) > 1e-2
+
+
+def test_training_has_one_guidance(setup):
+    pool = fd.read_pool(setup.cache)
+    _, _, cond = fd.draw_batch(setup.settings, setup.cache, pool, fd.keyed(0))
+    assert cond["guidance"].tolist() == [GUIDANCE] * setup.settings.batch
+
+
+def test_validation_measures_against_the_guided_teacher(setup):
+    lora = new_lora(setup)
+    validation = fd.Validation(setup.settings, setup.cache, lora)
+    texts = validation.texts * setup.settings.noises
+    pipe = stock_pipeline(6.0)
+    for end, steps in ((validation.fine, 8), (validation.coarse, 3)):
+        stock = stock_latents(pipe, texts, validation.noise, steps, GUIDANCE)
+        assert_close(end, stock, rtol=0, atol=2e-4)
+        assert difference(stock_latents(pipe, texts, validation.noise, steps, 1.0), end) > 1e-2
+    assert validation.lam(lora.loaded_weights(), 3) < 0.9  # unguided, it is no teacher
+
+
+def test_calls_are_counted_as_they_are_made(finished, setup):
+    """Rows of the transformer; a backward pass is two more, which no call shows."""
+    settings = setup.settings
+    calls = fd.network_calls(settings, setup.model.family)
+    assert calls == {"iteration": 8, "teacher": 16, "student": 3}
+    trained = settings.iterations * settings.batch
+    assert finished.rows["loss_of"] == (calls["iteration"] - 2) * trained
+    assert finished.rows["fill_cache"] == calls["teacher"] * len(setup.data.pairs)
+    rows = settings.noises * len(setup.data.comparison)
+    steps = sum(settings.all_steps)
+    check = settings.noises * settings.student_steps
+    of_students = 2 * steps * rows
+    of_teacher = 2 * steps * rows + calls["teacher"] * rows
+    assert finished.rows["compare"] == of_students + of_teacher + check
+
+
+@pytest.mark.parametrize("paper", [False, True], ids=["default", "--paper"])
+def test_calls_of_an_iteration_are_as_stated(setup, paper):
+    """Over ten iterations: the paper's fraction of teacher rows is right on average."""
+    settings = fd.replace(setup.settings, paper=paper, iterations=10, batch=5)
+    lora = new_lora(setup, paper=paper, batch=5)
+    state = fd.TrainState(lora.loaded_weights(), fd.method_of(settings))
+    with rows_of_calls() as rows:
+        for _ in fd.train(settings, setup.cache, fd.read_pool(setup.cache), lora, state):
+            pass
+    calls = fd.network_calls(settings, setup.model.family)["iteration"]
+    assert rows["loss_of"] / 50 == pytest.approx(calls - 2, abs=1e-6)
+
+
+def test_the_table_has_the_guided_teacher_and_the_unguided_student(finished, setup):
+    results = json.loads((finished.out / "results.json").read_text())
+    cells = {(row["sampler"], row["steps"]): row["rmse"] for row in results["table"]}
+    rows = [(i, k) for k in range(setup.settings.noises) for i in setup.data.comparison]
+    texts = [setup.data.texts[i] for i, _ in rows]
+    noise = setup.cache.noise([("compare", *row) for row in rows])
+    pipe = stock_pipeline(6.0)
+    fine = stock_latents(pipe, texts, noise, 8, GUIDANCE)
+    coarse = stock_latents(pipe, texts, noise, 2, GUIDANCE)
+    assert cells["teacher", 2] == pytest.approx(fd.rms(coarse - fine), rel=1e-3)
+    pipe.load_lora_weights(finished.out, weight_name=fd.LORA, adapter_name="student")
+    student = stock_latents(pipe, texts, noise, 3, 1.0)
+    assert cells["student", 3] == pytest.approx(fd.rms(student - fine), rel=1e-3)
+
+
+def test_the_cards_code_in_another_process_makes_the_students_image(finished, setup, tmp_path):
+    """By stock diffusers alone, but for the noise."""
+    out = copied(finished.out, tmp_path / "out")
+    (tmp_path / "tiny_klein").symlink_to(KLEIN)
+    noise = setup.cache.noise([("check", 0, k) for k in range(setup.settings.noises)])
+    fd.save_file({"noise": noise[:1]}, tmp_path / "noise.safetensors")
+    code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace('"PROMPT"', repr(setup.data.texts[0]))
+    given = 'safetensors.torch.load_file("noise.safetensors")["noise"]'
+    code = code.replace("pipe(prompt", f"pipe(latents={given}, prompt")
+    code = f"import safetensors.torch\n{code}\nimage.save('image.png')"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    with Image.open(tmp_path / "image.png") as image:
+        found = np.asarray(image).astype(int)
+    check = load_file(out / fd.CHECK)["latents"][:1]
+    pixels = setup.model.family.decode(stock_pipeline(6.0), check)[0].numpy()
+    assert np.abs(found - 255 * pixels).max() <= 1
+
+
+def test_card_and_file_say_how_the_student_samples(finished):
+    card = (finished.out / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert "flux2" in head["tags"]
+    assert "Flux2KleinPipeline.from_pretrained(" in card
+    assert "guidance_scale=1.0," in card
+    assert "FluxGuidance" not in card
+    assert "cfg 1," in card
+    assert "Network calls: 8 for each row" in card
+    assert fd.read_metadata(finished.out / fd.LORA)["guidance"] == GUIDANCE
+
+
+@pytest.mark.parametrize(
+    "name, licence",
+    [
+        ("black-forest-labs/FLUX.2-klein-base-4B", {"license": "apache-2.0"}),
+        (
+            "black-forest-labs/FLUX.2-klein-base-9B",
+            {"license": "other", "license_name": "flux-non-commercial-license"},
+        ),
+        (
+            "black-forest-labs/FLUX.2-dev",
+            {"license": "other", "license_name": "flux-non-commercial-license"},
+        ),
+        ("someone/tune", {"license": "other", "license_name": "that-of-the-base-model"}),
+    ],
+)
+def test_each_model_has_its_licence(name, licence):
+    assert fd.Flux2.licence(name) == licence
+
+
+def test_sample_renders_without_guidance_what_the_student_makes(finished, tmp_path, capsys):
+    out = copied(finished.out, tmp_path / "out")
+    prompt = "a red ring"
+    with rows_of_calls() as rows:
+        fd.main(["--model", str(KLEIN), "--out", str(out), "--sample", prompt])
+    assert rows == {"render": 3}
+    with Image.open(Path(capsys.readouterr().out.strip())) as image:
+        found = np.asarray(image).astype(int)
+    pipe = stock_pipeline(6.0)
+    pipe.load_lora_weights(out, weight_name=fd.LORA, adapter_name="student")
+    pipe.set_adapters("student", fd.read_metadata(out / fd.LORA)["scales"]["3"])
+    noise = torch.randn(1, 16, 4, 4, generator=fd.keyed(0, "sample", 0))
+    pixels = pipe(
+        prompt=prompt, height=32, width=32, num_inference_steps=3, guidance_scale=1.0,
+        max_sequence_length=8, latents=noise, output_type="np",
+    ).images[0]  # fmt: skip
+    assert np.abs(found - 255 * pixels).max() <= 1
+
+
+def test_sample_refuses_another_guidance(finished):
+    flags = ("--out", finished.out, "--model", KLEIN, "--sample", "a fox", "--guidance", 3)
+    told = f"--guidance: the student in --out .* has learned a guidance of {GUIDANCE:g}"
+    with pytest.raises(SystemExit, match=told):
+        fd.main([*map(str, flags)])
+
+
+def test_another_guidance_is_another_student(finished, tmp_path):
+    out = copied(finished.out, tmp_path / "out")
+    flags = [*FLAGS[:-1], GUIDANCE + 1]
+    says(rf"--guidance {GUIDANCE}, now {GUIDANCE + 1}", "--out", out, *flags)
+
+
+def test_stopped_and_resumed_it_is_the_same_to_the_bit(finished, tmp_path):
+    out = tmp_path / "out"
+    calls = []
+
+    def stop_in_the_third():
+        if torch.is_grad_enabled():  # the student's call
+            calls.append(1)
+            if len(calls) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with before_network_calls(stop_in_the_third):
+        says("stopped after iteration 3; the same command resumes there", "--out", out, *FLAGS)
+    run(out, *FLAGS)
+    assert same_run(out, finished.out)
+
+
+# ---------------------------------------------------------------------------------------- refusals
+
+
+def changed(tmp_path: Path, file: str, **change) -> Path:
+    folder = copied(KLEIN, tmp_path / "model")
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(config | change))
+    return folder
+
+
+def test_a_distilled_klein_is_refused(tmp_path):
+    folder = changed(tmp_path, "model_index.json", is_distilled=True)
+    says("is distilled: it samples in 4 steps already", "--model", folder, "--out", tmp_path / "o")
+
+
+def test_a_transformer_that_takes_guidance_does_not_belong_to_klein(tmp_path):
+    folder = changed(tmp_path, "transformer/config.json", guidance_embeds=True)
+    says("does not belong to its pipeline", "--model", folder, "--out", tmp_path / "o")
+
+
+def test_a_guidance_below_1_is_refused(tmp_path):
+    says("--guidance 0.5 must be at least 1", *FLAGS[:-1], 0.5, "--out", tmp_path / "o")
+
+
+@pytest.mark.parametrize(
+    "name", ["QwenImagePipeline", "ZImagePipeline", "StableDiffusion3Pipeline", "ChromaPipeline"]
+)
+def test_other_families_are_refused_by_name(tmp_path, name):
+    folder = changed(tmp_path, "model_index.json", _class_name=name)
+    says(f"is a {name}: this distils", "--model", folder, "--out", tmp_path / "o")
+
+
+# --------------------------------------------------------------- the real sizes; FLUX.2-dev's guidance
+
+
+def config_of(blocks: int, single: int, heads: int, width: int, **more) -> dict:
+    """As FLUX.2's transformers have it."""
+    return dict(
+        in_channels=128, num_layers=blocks, num_single_layers=single, num_attention_heads=heads,
+        attention_head_dim=128, joint_attention_dim=width, axes_dims_rope=(32, 32, 32, 32),
+        guidance_embeds=False,
+    ) | more  # fmt: skip
+
+
+def test_klein_4b_has_109_linear_layers_and_a_lora_of_102_million_parameters():
+    with torch.device("meta"):
+        net = Flux2Transformer2DModel(**config_of(5, 20, 24, 7680))
+    assert 3.8e9 < sum(p.numel() for p in net.parameters()) < 4.0e9
+    sizes = {}
+    for layers in ("all", "blocks"):
+        names = fd.linear_layers(net, layers)
+        weights = [net.get_submodule(name).weight for name in names]
+        sizes[layers] = len(names), 64 * sum(sum(weight.shape) for weight in weights)
+    assert sizes["all"][0] == 109
+    assert sizes["all"][1] == pytest.approx(102e6, rel=0.01)
+    assert sizes["blocks"][0] == 100
+
+
+@pytest.mark.parametrize(
+    "batch, resolution, fits", [(8, 512, True), (4, 1024, True), (16, 1024, False)]
+)
+def test_klein_4b_fits_a_24_gb_card(tmp_path, monkeypatch, batch, resolution, fits):
+    """By the estimate that is made before anything is loaded."""
+    config = config_of(5, 20, 24, 7680)
+    index = {"_class_name": "Flux2KleinPipeline"}
+    machine = fd.Machine()
+    machine.device, machine.dtype = "cuda", torch.bfloat16
+    monkeypatch.setattr(machine, "memory", lambda: 24 * 2**30)
+    family = fd.Flux2(index, config)
+    vae = {"block_out_channels": [128, 256, 512, 512]}
+    model = SimpleNamespace(
+        name="klein", machine=machine, family=family, config=config,
+        latent_shape=lambda resolution: family.latent_shape(vae, resolution),
+    )  # fmt: skip
+    settings = fd.Settings(batch=batch, resolution=resolution).suited_to(family)
+    assert settings.text_tokens == 512
+    if fits:
+        fd.check_memory(settings, model)
+    else:
+        with pytest.raises(SystemExit, match="training needs about"):
+            fd.check_memory(settings, model)
+
+
+def test_flags_win_over_the_defaults_of_a_family(tmp_path):
+    family = fd.Flux2({"_class_name": "Flux2KleinPipeline"}, {"guidance_embeds": False})
+    settings = fd.parse(["--shift", "3", "--out", str(tmp_path)]).suited_to(family)
+    assert (settings.shift, settings.shift_range, settings.guidance) == (3.0, (4.0, 8.0), 4.0)
+
+
+@pytest.fixture(scope="module")
+def dev() -> SimpleNamespace:
+    """A small FLUX.2-dev with random weights, without its text encoder."""
+    torch.manual_seed(0)
+    config = config_of(
+        1, 1, 2, 24, in_channels=16, attention_head_dim=16, axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=True, timestep_guidance_channels=32,
+    )  # fmt: skip
+    net = Flux2Transformer2DModel(**config).eval()
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4,
+    ).eval()  # fmt: skip
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    pipe = Flux2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0), vae=vae, transformer=net,
+        text_encoder=None, tokenizer=None,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return SimpleNamespace(pipe=pipe, net=net, config=config)
+
+
+@torch.no_grad()
+def test_dev_takes_its_guidance_and_needs_one_call(dev):
+    family = fd.Flux2({"_class_name": "Flux2Pipeline"}, dev.config)
+    assert family.refusal() is None
+    assert not family.true_guidance
+    assert family.training_guidance(4.0) == (0.0, 8.0)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 16, 4, 6, generator=generator)
+    cond = {"text": torch.randn(2, 8, 24, generator=generator), "guidance": torch.full((2,), 4.0)}
+    times = sc.time_grid(3, 6.0)
+
+    def ours(**cond) -> Tensor:
+        def velocity(x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+            return family.teacher_velocity(dev.net, x, t, **cond)
+
+        return sc.euler_sample(velocity, noise, times, **cond)
+
+    with rows_of_calls() as rows:
+        end = ours(**cond)
+    assert rows == {"elsewhere": 6}
+    for guided in (False, True):
+        assert_close(family.sample(dev.pipe, 3, guided, noise, **cond), end, **EXACT)
+    other = ours(**cond | {"guidance": torch.full((2,), 5.0)})
+    assert difference(other, end) > 1e-3
+
+
+def test_dev_needs_a_transformer_that_takes_guidance(dev):
+    """Without one diffusers would sample all the same, and ignore the guidance."""
+    config = dev.config | {"guidance_embeds": False}
+    assert "belong" in fd.Flux2({"_class_name": "Flux2Pipeline"}, config).refusal()
+
+
+# ------------------------------------------------------------------------------- what it can do
+
+
+DEMONSTRATION = """--resolution 32 --shift 1 --shift-range 1 1 --iterations 400 --batch 64
+    --learning-rate 1e-3 --recompute-every 0 --noises 8"""
