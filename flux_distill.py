@@ -1052,7 +1052,7 @@ class Model:
         try:
             index = self.read_json("model_index.json")
             class_name = index["_class_name"]
-            self.config = self.read_json("transformer/config.json")
+            config = self.read_json("transformer/config.json")
             self.vae_config = self.read_json("vae/config.json")
         except Exception as error:
             die(f"--model {name} {refusal_of(error).format(name)}")
@@ -1061,7 +1061,7 @@ class Model:
                 f"a {kind} ({family.name}, its fine-tunes)" for kind, family in FAMILIES.items()
             ]
             die(f"--model {name} is a {class_name}: this distils {' or '.join(known)}")
-        self.family = FAMILIES[class_name](index, self.config)
+        self.family = FAMILIES[class_name](index, config)
         self.parts = sorted(name for name, value in index.items() if isinstance(value, list))
         refusal = self.family.refusal()
         if refusal:
@@ -2136,6 +2136,9 @@ def calibrate(settings: Settings, run: Run, validation: Validation, state: Train
         "shift": settings.shift,
         "scales": scales,
         "uncalibrated": uncalibrated,
+        # With true guidance the scale changes the guidance, too: at 0 there is none. Scales for
+        # other numbers of steps are compared with the rest, but not recommended.
+        "recommended": [N] if model.family.true_guidance else settings.all_steps,
         "resolution": settings.resolution,
         "guidance": settings.guidance,
         "rank": settings.rank,
@@ -2343,10 +2346,10 @@ def follow_adapter(settings: Settings, adapter: dict) -> Settings:
             " install torchao"
         )
     N = settings.student_steps
-    if N not in adapter["scales"]:
+    if N not in adapter["recommended"]:
         die(
             f"--student-steps {N}: the adapter in --out {settings.out} has scales for"
-            f" {listed(adapter['scales'])} steps, give one of these"
+            f" {listed(adapter['recommended'])} steps, give one of these"
         )
     if N in adapter["uncalibrated"]:
         words = f"{no_scale([N])}: give another --student-steps"
@@ -2779,6 +2782,10 @@ from torchao.quantization import Int8WeightOnlyConfig
 int8 = PipelineQuantizationConfig(
     quant_mapping={"transformer": TorchAoConfig(Int8WeightOnlyConfig())})"""
 
+OWN_STEPS = """
+For other numbers of steps distil another student. The scale of this one changes its guidance, too:
+at 0 it has none. The last row of the table has the scales that were best on validation prompts."""
+
 FADES = 0.003  # relative change of weights below which bfloat16 rounds much of it away
 
 
@@ -2804,8 +2811,8 @@ def card(results: dict, out: Path, family: Flux | Flux2, machine: Machine) -> st
     missing = adapter["uncalibrated"]
     is_warning = "WARNING" in sentence or missing
     rows = ["| steps | scale, or strength | times for ManualSigmas |", "| --- | --- | --- |"]
-    for n, scale_of_n in adapter["scales"].items():
-        shown = "none found" if n in missing else scale_of_n
+    for n in adapter["recommended"]:
+        shown = "none found" if n in missing else adapter["scales"][n]
         rows.append(f"| {n} | {shown} | `{format_times(n, shift)}` |")
     made_with = [f"{name}: {markdown_code(value)}" for name, value in identity.items()]
     more = {
@@ -2824,7 +2831,7 @@ def card(results: dict, out: Path, family: Flux | Flux2, machine: Machine) -> st
         "guidance_scale": 1.0 if family.true_guidance else adapter["guidance"],
         "times": format_times(N, shift),
         "no_node": no_node,
-        "strengths": "\n".join(rows),
+        "strengths": "\n".join([*rows, *([OWN_STEPS] if family.true_guidance else [])]),
         "table": markdown(results),
         "costs": card_costs(results),
         "lora": LORA,
@@ -3131,7 +3138,7 @@ def check_memory(settings: Settings, model: Model) -> None:
     """Stop if training would need more memory than there is; nothing is loaded."""
     machine = model.machine
     with torch.device("meta"):
-        net = model.family.transformer.from_config(model.config)
+        net = model.family.transformer.from_config(model.family.config)
     parameters = sum(p.numel() for p in net.parameters())
     if parameters > 1e9 and machine.device == "cpu":
         die(
@@ -3197,10 +3204,10 @@ def forecast(
     validations = f"{counted(due, 'validation')} of {duration(validate)}"
     calls = network_calls(settings, validation.cache.model.family)["iteration"]
     words = (
-        f"{seconds:.3g} s per iteration, of {calls:g} network calls a row; training takes"
-        f" {duration(training)} more, until {end:%a %H:%M}, with {validations}; calibration then"
-        " takes about"
-        f" {duration(calibrate)} and comparison {duration(compare)}"
+        f"{seconds:.3g} s per iteration; training takes {duration(training)} more, until"
+        f" {end:%a %H:%M}, with {validations}; calibration then takes about"
+        f" {duration(calibrate)} and comparison {duration(compare)}; a row of an iteration takes"
+        f" {calls:g} network calls"
     )
     if machine.device != "cuda":
         return words

@@ -38,6 +38,7 @@ RUNS = [  # script, flags that shorten it, words that its tables must have
     ("baselines", f"--parts direct --flows moons --length 0.002 {ONE}", "3 | a tenth | 4 |"),
     ("baselines", f"--parts tune_direct --length 0.002 {ONE}", "3 | a tenth | direct, 16 calls |"),
     ("fusion", f"--parts flows --flows moons --length 0.002 {ONE}", "plain flow matching"),
+    ("guidance", f"--length 0.005 --first 1 {ONE}", "warm start of 30%"),
 ]
 SLOW_RUNS = [  # more than 10 s
     ("baselines", f"--parts tune --first 40 --length 0.005 {ONE}", "finest 64"),
@@ -53,6 +54,7 @@ SLOW_RUNS = [  # more than 10 s
     ("lookahead", f"--parts flux --first 1 --length 0.005 {ONE}", "in time"),
     ("fusion", f"--parts flux --length 0.002 {ONE}", "tiny Flux"),
     ("flux", f"--parts 'all pairs' 'ten pairs' --length 0.01 {ONE}", "lam: all pairs"),
+    ("klein", f"--length 0.01 {ONE}", "the guided teacher's in 8"),
     ("quality", f"--length 0.01 --figure figure.png {ONE}", "UniPC"),
     ("speed", f"--parts small --length 0.5 {ONE}", "the latents of one image"),
     ("fewshot", f"--first 1 --length 0.01 {ONE}", "ratio, strangers"),

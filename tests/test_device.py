@@ -360,11 +360,12 @@ def test_the_memory_of_a_gpu_is_that_of_this_process_s_card(monkeypatch):
 def test_the_estimate_is_near_what_training_took(setup, every, peak):
     """Peaks in GiB of whole runs on one H100 (FLUX.1-dev's size, batch 8, 512 px)."""
     model = copy.copy(setup.model)
-    model.config = model.config | dict(
+    config = model.family.config | dict(
         num_attention_heads=24, attention_head_dim=128, num_layers=19, num_single_layers=38,
         axes_dims_rope=[16, 56, 56], in_channels=64, joint_attention_dim=4096,
         pooled_projection_dim=768,
     )  # fmt: skip
+    model.family = fd.Flux({}, config)
     model.vae_config = {"block_out_channels": [128, 256, 512, 512]}
     settings = fd.Settings(recompute_every=every)
 

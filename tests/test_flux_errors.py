@@ -112,7 +112,7 @@ def test_the_memory_estimate_of_the_real_flux():
     """34 to 46 GiB at batch 8 and 512 px with checkpointing."""
     config = json.loads((TINY / "transformer/config.json").read_text())
     model = fd.Model(str(TINY), fd.Machine(), None)
-    model.config = config | FLUX
+    model.family = fd.Flux({}, config | FLUX)
     model.vae_config = VAE
 
     def check(gib: int) -> None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import make_tiny_klein
 import numpy as np
 import pytest
 import torch
@@ -207,6 +208,47 @@ def test_default_shifts_are_those_of_the_stock_sampler_at_32_to_50_steps(pixels)
     assert all(near) if pixels == 512 else near == [False, True]  # 8.4 and 7.6 at 1024 px
 
 
+# ----------------------------------------------------------------------------------- the tiny klein
+
+
+def test_stock_diffusers_loads_what_the_script_saves(tmp_path):
+    few = "--vae-iterations 1 --iterations 1 --images 30 --batch 2"
+    make_tiny_klein.main(["--out", str(tmp_path), *few.split()])
+    pipe = Flux2KleinPipeline.from_pretrained(tmp_path, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    how = dict(height=32, width=32, num_inference_steps=2, max_sequence_length=8)
+    (image,) = pipe(prompt="a red ring", output_type="np", **how).images
+    assert image.shape == (32, 32, 3)
+    assert (tmp_path / "prompts.txt").read_text() == (KLEIN / "prompts.txt").read_text()
+
+
+def test_a_third_of_its_captions_was_wrong_in_training_and_a_tenth_empty():
+    """The network answers with the text that it is fed: a number for each caption."""
+    count = len(make_tiny_klein.CAPTIONS)
+    data = make_tiny_klein.Data(
+        tokens=torch.zeros(count, 1, 1),
+        captions=torch.arange(count),
+        texts=torch.arange(count + 1.0)[:, None, None],
+        image_ids=torch.zeros(0),
+        text_ids=torch.zeros(0),
+    )
+    sizes = fd.replace(make_tiny_klein.SIZES, batch=3000, iterations=1)
+    fed = []
+
+    class Net(torch.nn.Linear):
+        def forward(self, hidden_states, encoder_hidden_states, **more):
+            fed.append(encoder_hidden_states.flatten())
+            return SimpleNamespace(sample=super().forward(hidden_states))
+
+    drawn = make_tiny_klein.tiny.draw(data, sizes, torch.Generator().manual_seed(0)).captions
+    make_tiny_klein.train_klein(Net(1, 1), data, sizes, torch.Generator().manual_seed(0))
+    (texts,) = fed
+    empty = texts == make_tiny_klein.EMPTY
+    wrong = (texts != drawn) & ~empty
+    assert empty.float().mean().item() == pytest.approx(0.1, abs=0.02)
+    assert wrong.sum().item() / 3000 == pytest.approx(0.9 * 0.3 * 29 / 30, abs=0.03)
+
+
 # ----------------------------------------------------------------------------------------- velocity
 
 
@@ -308,7 +350,7 @@ def test_a_guidance_that_the_network_does_not_take_is_ignored_by_diffusers(setup
         assert torch.equal(net(**how).sample, net(guidance=torch.ones(1), **how).sample)
 
 
-# ------------------------------------------------------------------------------------ phases of a run
+# --------------------------------------------------------------------------------- phases of a run
 
 
 def test_the_pool_is_the_guided_teachers(setup):
@@ -460,6 +502,19 @@ def test_sample_refuses_another_guidance(finished):
         fd.main([*map(str, flags)])
 
 
+def test_one_number_of_steps_is_recommended_and_the_others_are_shown(finished):
+    """The table has the best scales of all."""
+    flags = ("--out", finished.out, "--model", KLEIN, "--sample", "a fox", "--student-steps", 2)
+    with pytest.raises(SystemExit, match="has scales for 3 steps, give one of these"):
+        fd.main([*map(str, flags)])
+    card = (finished.out / "README.md").read_text()
+    strengths, table = card.split("## Scale and times")[1].split("RMSE of latents")
+    assert "| 3 |" in strengths
+    assert "| 2 |" not in strengths
+    assert "distil another student" in strengths
+    assert "| Euler steps | 2 | 3 |" in table
+
+
 def test_another_guidance_is_another_student(finished, tmp_path):
     out = copied(finished.out, tmp_path / "out")
     flags = [*FLAGS[:-1], GUIDANCE + 1]
@@ -514,7 +569,7 @@ def test_other_families_are_refused_by_name(tmp_path, name):
     says(f"is a {name}: this distils", "--model", folder, "--out", tmp_path / "o")
 
 
-# --------------------------------------------------------------- the real sizes; FLUX.2-dev's guidance
+# ------------------------------------------------------------ the real sizes; FLUX.2-dev's guidance
 
 
 def config_of(blocks: int, single: int, heads: int, width: int, **more) -> dict:
@@ -553,7 +608,7 @@ def test_klein_4b_fits_a_24_gb_card(tmp_path, monkeypatch, batch, resolution, fi
     family = fd.Flux2(index, config)
     vae = {"block_out_channels": [128, 256, 512, 512]}
     model = SimpleNamespace(
-        name="klein", machine=machine, family=family, config=config,
+        name="klein", machine=machine, family=family,
         latent_shape=lambda resolution: family.latent_shape(vae, resolution),
     )  # fmt: skip
     settings = fd.Settings(batch=batch, resolution=resolution).suited_to(family)

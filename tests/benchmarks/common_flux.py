@@ -131,6 +131,12 @@ class TinyFlux:
                 kept[iteration] = state.student.detach().clone()
         return kept
 
+    def saved_weights(self) -> Tensor:
+        """The weights (P,) in the LoRA of a finished run."""
+        saved = load_file(self.run.lora)
+        names = self.lora.named(self.lora.loaded_weights())  # in the order of the vector
+        return torch.cat([saved[f"transformer.{name}"].flatten() for name in names])
+
     @torch.no_grad()
     def distance(self, velocity: sc.Velocity, steps: int, purpose: str = "compare") -> float:
         """RMSE to the teacher's many steps; "compare": as in the comparison, or "validation"."""
@@ -157,9 +163,7 @@ class MergedStudent:
     def __init__(self, settings: fd.Settings):
         self.world = TinyFlux(settings)
         lora = self.world.lora
-        saved = load_file(self.world.run.lora)
-        names = lora.named(lora.loaded_weights())  # in the order of the vector
-        self.student = torch.cat([saved[f"transformer.{name}"].flatten() for name in names])
+        self.student = self.world.saved_weights()
         lora.use(self.student)
         with torch.no_grad():
             self.layers = [

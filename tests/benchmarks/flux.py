@@ -25,7 +25,7 @@ RUNS = {
     "the paper's windows": "--paper",
     "stopped when matched": "--iterations 400 --validate-every 20 --stop-when-matched",
     "shift 2": "--shift 2 --shift-range 2 2",
-    "shift 3": "--shift 3 --shift-range 2.5 4.5",
+    "shift 3": "--shift 3 --shift-range 2 4",
 }
 SHIFTS = ("all pairs", "shift 2", "shift 3")  # each has a teacher of its own
 SAMPLERS = ("teacher", "student", "student, scaled")

@@ -10,6 +10,8 @@ and leaves that in the file of results even if the machine goes away during a la
                    sampling in 3 steps
     full           flux_distill.py on a whole pipeline of that configuration (34 GB, in a RAM disk
                    where there is room): seconds and peak memory of each phase
+    klein          the same on a pipeline of FLUX.2-klein-base-4B's configuration (16 GB), at the
+                   size and batch that README has for a card of 24 GB
     demonstration  the tiny Flux distilled in bfloat16, as in the README
 
 Without a GPU the same parts run on a small configuration, as a test of this script, and nothing is
@@ -34,16 +36,29 @@ import common_flux
 import speed
 import torch
 from common_flux import TINY
-from diffusers import AutoencoderKL, FluxPipeline
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+)
 from speed import has_gpu
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+)
 
 import flux_distill as fd
 
 LIMITS = {  # seconds, on a GPU
-    "gradients": 30, "steps": 200, "full": 180, "demonstration": 70, "medium": 570,
+    "gradients": 30, "steps": 200, "full": 180, "demonstration": 70, "klein": 150, "medium": 570,
 }  # fmt: skip
-USUAL = [part for part in LIMITS if part != "medium"]  # if no flag says which
+USUAL = [part for part in LIMITS if part not in ("klein", "medium")]  # if no flag says which
 DEMONSTRATION = ("--model", str(TINY), "--prompts", str(TINY / "prompts.txt"),
                  *common_flux.DEMONSTRATION.split())  # fmt: skip
 LENGTHS = {  # whether on a GPU: flags
@@ -61,6 +76,16 @@ MEDIUM = {  # whether on a GPU: flags of flux_distill.py
 }
 FULL = """--limit 4 --batch 4 --iterations 4 --validate-every 4 --held-out 2 --noises 2
     --resolution"""
+KLEIN = common.ROOT / "tests" / "tiny_klein"
+KLEIN_4B = dict(num_attention_heads=24, attention_head_dim=128, num_layers=5, num_single_layers=20,
+                axes_dims_rope=(32, 32, 32, 32), in_channels=128, joint_attention_dim=7680,
+                guidance_embeds=False)  # fmt: skip
+KLEIN_SIZE = {  # whether on a GPU: flags of flux_distill.py
+    True: """--limit 4 --batch 8 --iterations 6 --validate-every 6 --held-out 2 --noises 2
+        --teacher-steps 8 --steps 3 --resolution 512""",
+    False: """--limit 4 --batch 4 --iterations 3 --validate-every 3 --held-out 2 --noises 2
+        --teacher-steps 8 --steps 3 --resolution 32""",
+}
 EAGER = "--recompute-every 1"
 HALF = "--recompute-every 2"
 CASES = {  # whether on a GPU: pixels, batch, flags
@@ -105,15 +130,16 @@ def full_size_errors(config: str, pixels: int, batch: int, length: float) -> dic
 
 
 def full_size_pipeline() -> Path:
-    """Where the part "full" has its model: in a RAM disk if there is room, see `run_part`."""
+    """Where a part has its model: in a RAM disk if there is room, see `run_part`."""
     return Path(os.environ.get("ROOMY", tempfile.gettempdir())) / "model"
 
 
-def made_pipeline(length: float) -> dict:
-    """Make the model of the part "full", in a process, which leaves no memory taken."""
+def made_pipeline(length: float, family: str = "dev") -> dict:
+    """Make the model of the part "full" or "klein", in a process, which leaves no memory taken."""
     folder = full_size_pipeline()
     began = time.perf_counter()
-    subprocess.run([sys.executable, __file__, "--make-pipeline", str(folder)], check=True)
+    command = [sys.executable, __file__, "--make-pipeline", str(folder), "--family", family]
+    subprocess.run(command, check=True)
     seconds = time.perf_counter() - began
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return {"made": seconds, "in_memory": "ROOMY" in os.environ, "bytes": size}
@@ -131,6 +157,32 @@ def make_pipeline(folder: Path) -> None:
     pipe = FluxPipeline.from_pretrained(TINY, dtype=torch.bfloat16, **parts)
     # Of the tiny Flux's text side only the tokenizers stay; they pad to 256, as T5's does.
     pipe.tokenizer_2.model_max_length = 512
+    pipe.save_pretrained(folder)
+
+
+def make_klein(folder: Path) -> None:
+    """A pipeline of FLUX.2-klein-base-4B's own configuration with random weights, or the tiny one.
+
+    The sizes of the text encoder are those of Qwen3-4B.
+    """
+    if not has_gpu():
+        Flux2KleinPipeline.from_pretrained(KLEIN).save_pretrained(folder)
+        return
+    qwen = Qwen3Config(
+        vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        parts = {
+            "text_encoder": Qwen3ForCausalLM(qwen),
+            "vae": AutoencoderKLFlux2(),
+            "transformer": Flux2Transformer2DModel(**KLEIN_4B),
+        }
+    torch.set_default_dtype(torch.float32)
+    pipe = Flux2KleinPipeline.from_pretrained(KLEIN, dtype=torch.bfloat16, **parts)
+    pipe.tokenizer.model_max_length = 512
     pipe.save_pretrained(folder)
 
 
@@ -163,6 +215,12 @@ def full_run(resolution: int, length: float) -> dict:
     prompts = ("--prompts", str(TINY / "prompts.txt"))
     model = ("--model", str(full_size_pipeline()))
     return distilled(*model, *prompts, *FULL.split(), str(resolution))
+
+
+def klein_run(flags: str, length: float) -> dict:
+    """flux_distill.py end to end on the model of the part "klein"."""
+    prompts = ("--prompts", str(TINY / "prompts.txt"))
+    return distilled("--model", str(full_size_pipeline()), *prompts, *flags.split())
 
 
 def demonstration_run(flags: str, length: float) -> dict:
@@ -247,6 +305,10 @@ def tasks(flows=(), seeds=()) -> dict[str, list[common.Task]]:
         "steps": [*matmul, *sampling, common.Task(full_size_errors, size), *steps],
         "full": [common.Task(made_pipeline, {}), common.Task(full_run, resolution)],
         "demonstration": [common.Task(demonstration_run, {"flags": LENGTHS[on_gpu]})],
+        "klein": [
+            common.Task(made_pipeline, {"family": "klein"}),
+            common.Task(klein_run, {"flags": KLEIN_SIZE[on_gpu]}),
+        ],
         "medium": [
             common.Task(made_medium, {"flags": MEDIUM_MODEL[on_gpu]}),
             common.Task(medium_run, {"flags": MEDIUM[on_gpu]}),
@@ -266,7 +328,7 @@ def tables(rows: list[common.Row]) -> list[str]:
             cells = ["full size", *differences(row.found["checks"])]
             lines += common.table(["kernels in use", *CHECKS], [cells])
     lines += speed.tables_of_steps(steps)
-    for part in ("demonstration", "full", "medium"):
+    for part in ("demonstration", "full", "klein", "medium"):
         for row in common.where(rows, part):
             lines += about_run(part, row.found)
     for row in common.where(rows, "medium"):
@@ -388,19 +450,22 @@ def run_tasks(part: str, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=LIMITS, default=USUAL, help="in order"
-                        " (all but medium: the medium model of make_tiny_flux.py, trained and then"
-                        " distilled at shift 3, in at most 10 minutes)")  # fmt: skip
+                        " (all but klein and medium, of which the latter is the medium model of"
+                        " make_tiny_flux.py, trained and then distilled at shift 3, in at most 10"
+                        " minutes)")  # fmt: skip
     parser.add_argument("--medium-model", type=Path, metavar="DIR", help="folder of that model,"
                         " which is made there if it is missing (a temporary one)")  # fmt: skip
     parser.add_argument("--results", type=Path, help="file of the numbers (results/gpu.json; none"
                         " without a GPU)")  # fmt: skip
     parser.add_argument("--part", choices=LIMITS, help=argparse.SUPPRESS)
     parser.add_argument("--make-pipeline", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--family", choices=("dev", "klein"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.medium_model:  # for the process of the part
         os.environ["MEDIUM_MODEL"] = str(args.medium_model.absolute())
     if args.make_pipeline:
-        make_pipeline(args.make_pipeline)
+        make = make_klein if args.family == "klein" else make_pipeline
+        make(args.make_pipeline)
     elif args.part:
         run_tasks(args.part, args.results)
     else:

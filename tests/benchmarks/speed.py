@@ -52,7 +52,7 @@ def random_model(machine: fd.Machine, config: dict) -> fd.Model:
     fd.free_memory()
     model = fd.Model(str(TINY), machine, None)
     model.download()
-    model.config = config
+    model.family = Flux({}, config)
     model.vae_config = VAE
     torch.set_default_dtype(machine.dtype)
     with torch.device(machine.device):

@@ -1,0 +1,134 @@
+"""What must hold on the tiny klein: python tests/benchmarks/klein.py (10 minutes on 2 cores)
+
+tests/tiny_klein is a real Flux2KleinPipeline. Its teacher needs classifier-free guidance, two
+network calls a step; its student has one guidance built in, and takes one call. flux_distill.py
+runs as the README's demonstration does, with 3 seeds. Distances: RMSE of latents to 32 guided steps
+of the teacher, held-out captions, the same noise for all samplers. Shown: the fraction of 256
+images per seed in which the judge of quality.py sees the caption.
+
+Set beforehand. In 3 steps the student is at most 0.6 times as far from the teacher's 32 steps as
+the guided teacher in 3, and shows its captions at least as often as the guided teacher in 8 steps.
+Without guidance the teacher shows them visibly less often.
+"""
+
+import tempfile
+from pathlib import Path
+
+import common
+import common_flux
+import make_tiny_flux as tiny
+import torch
+from common_flux import TinyFlux
+from torch import Tensor
+
+import flux_distill as fd
+import shortcut as sc
+
+KLEIN = common.ROOT / "tests" / "tiny_klein"
+GUIDANCE = 3.0
+FLAGS = ("--model", KLEIN, "--prompts", KLEIN / "prompts.txt", "--guidance", GUIDANCE)
+STEPS = (2, 3, 4, 6, 8)
+NOISES = 32  # images of a caption that the judge sees
+
+
+def measure(seed: int, length: float) -> dict:
+    """Distances and scales of a run, and how often its captions are seen."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        settings = common_flux.demonstration(out, seed, *FLAGS, steps=STEPS, length=length)
+        results = common_flux.distil(settings)
+        found = {"distance": {}, "scales": results["adapter"]["scales"]}
+        for row in results["table"]:
+            found["distance"].setdefault(row["sampler"], {})[row["steps"]] = row["rmse"]
+        found["seed to seed"] = results["seed_to_seed"]
+        found["shown"] = shown(settings, results, NOISES if length == 1 else 2, length)
+    return found
+
+
+@torch.no_grad()
+def shown(settings: fd.Settings, results: dict, noises: int, length: float) -> dict[str, float]:
+    """Fraction of the images that show their caption, by sampler."""
+    world = TinyFlux(settings)
+    judge = common_flux.train_judge(common.shortened(500, length))
+    data = world.data
+    rows = [(i, k) for k in range(noises) for i in data.comparison]
+    cond = world.cache.conditions([i for i, _ in rows], settings.guidance)
+    noise = world.cache.noise([("shown", *row) for row in rows])
+    captions = torch.tensor([tiny.CAPTIONS.index(data.texts[i]) for i, _ in rows])
+    N = settings.student_steps
+    scale = results["adapter"]["scales"][str(N)]
+    weights = world.saved_weights()
+    teacher = world.velocity(None)
+    unguided = world.velocity(weights, 0.0)
+    student = world.velocity(weights, scale)
+
+    def seen(velocity: sc.Velocity, steps: int) -> float:
+        latents = sc.euler_sample(velocity, noise, sc.time_grid(steps, settings.shift), **cond)
+        images = images_of(world, latents)
+        return common_flux.look(judge, images, captions)["shown"]
+
+    return {
+        f"teacher, {settings.teacher_steps} steps": seen(teacher, settings.teacher_steps),
+        "teacher, 8 steps": seen(teacher, 8),
+        f"teacher, {N} steps": seen(teacher, N),
+        "teacher without guidance": seen(unguided, settings.teacher_steps),
+        f"student, {N} steps": seen(student, N),
+    }
+
+
+def images_of(world: TinyFlux, latents: Tensor) -> Tensor:
+    """Images (B, 3, h, w) in [-1, 1]."""
+    images = world.model.family.decode(world.model.load("image"), latents)
+    return 2 * images.permute(0, 3, 1, 2).clamp(0, 1) - 1
+
+
+def tasks(flows, seeds) -> dict[str, list[common.Task]]:
+    return {"klein": [common.Task(measure, {"seed": seed}) for seed in seeds]}
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+def tables(rows: list[common.Row]) -> list[str]:
+    apart = common.column(rows, "seed to seed").mean()
+    lines = [f"{len(rows)} seeds; two seeds of the teacher: {apart:.3f}"]
+    distances = []
+    for sampler in rows[0].found["distance"]:
+        texts = [common.mean_text(common.column(rows, "distance", sampler, n)) for n in STEPS]
+        calls = " (two calls a step)" if sampler == "teacher" else ""
+        distances.append([sampler + calls, *texts])
+    scales = [f"{common.column(rows, 'scales', n).mean():.2f}" for n in STEPS]
+    lines += common.table(["Euler steps", *STEPS], [*distances, ["its scale", *scales]])
+    fractions = {name: common.column(rows, "shown", name) for name in rows[0].found["shown"]}
+    cells = [[name, common.mean_text(values)] for name, values in fractions.items()]
+    lines += common.table(["sampler", "captions shown"], cells)
+    return lines + claims(rows)
+
+
+def claims(rows: list[common.Row]) -> list[str]:
+    student = common.column(rows, "distance", "student, scaled", 3)
+    teacher = common.column(rows, "distance", "teacher", 3)
+    seen, bound = (common.column(rows, "shown", f"{n} steps") for n in ("student, 3", "teacher, 8"))
+    ratio = student.mean() / teacher.mean()
+    met = {True: "yes", False: "no"}
+    return common.table(
+        ["claim", "ours", "bound", "met"],
+        [
+            [
+                "distance in 3 steps, over the guided teacher's in 3",
+                common.ratio_text(student, teacher),
+                "0.6",
+                met[bool(ratio <= 0.6)],
+            ],
+            [
+                "captions shown in 3 steps",
+                common.mean_text(seen),
+                f"{bound.mean():.3f}, the guided teacher's in 8",
+                met[bool(seen.mean() >= bound.mean())],
+            ],
+        ],
+    )
+
+
+if __name__ == "__main__":
+    common.main(__file__, __doc__, tasks, tables, seeds=3)
