@@ -1957,7 +1957,9 @@ class Validation:
         self.fine = self.end(None, settings.teacher_steps)
         self.coarse = self.end(None, settings.student_steps)
         self.coarse.sum().item()  # waits for a GPU
-        self.of_teacher = 2 if cache.model.family.true_guidance else 1  # calls for a velocity
+        family = cache.model.family
+        self.network_calls = network_calls(settings, family)
+        self.of_teacher = 2 if family.true_guidance else 1  # network calls for a velocity
         calls = self.of_teacher * (settings.teacher_steps + settings.student_steps)
         self.seconds = (time.perf_counter() - began) / calls  # of one network call on all rows
 
@@ -2136,9 +2138,6 @@ def calibrate(settings: Settings, run: Run, validation: Validation, state: Train
         "shift": settings.shift,
         "scales": scales,
         "uncalibrated": uncalibrated,
-        # With true guidance the scale changes the guidance, too: at 0 there is none. Scales for
-        # other numbers of steps are compared with the rest, but not recommended.
-        "recommended": [N] if model.family.true_guidance else settings.all_steps,
         "resolution": settings.resolution,
         "guidance": settings.guidance,
         "rank": settings.rank,
@@ -2291,6 +2290,12 @@ def render(settings: Settings, machine: Machine) -> None:
             f"--guidance: the student in --out {out} has learned a guidance of"
             f" {adapter['guidance']:g}, and no other can be had from it: leave the flag out"
         )
+    if settings.student_steps not in recommended(adapter, model.family):
+        die(
+            f"--student-steps {settings.student_steps}: the student in --out {out} was distilled"
+            f" for {adapter['student_steps']}, and its scale for others changes its guidance, too:"
+            " leave the flag out, or distil another student"
+        )
     model.download()
     if adapter["settings"]["model"] != model.fingerprint:
         die(
@@ -2324,6 +2329,14 @@ def render(settings: Settings, machine: Machine) -> None:
         print(path)
 
 
+def recommended(adapter: dict, family: Flux | Flux2) -> list[int]:
+    """Numbers of steps for which the LoRA has a scale that can be recommended.
+
+    With true guidance the scale changes the guidance, too: at 0 there is none.
+    """
+    return [adapter["student_steps"]] if family.true_guidance else list(adapter["scales"])
+
+
 def follow_adapter(settings: Settings, adapter: dict) -> Settings:
     """Settings by which the LoRA was made, where no flag says otherwise."""
     made_with = {
@@ -2346,10 +2359,10 @@ def follow_adapter(settings: Settings, adapter: dict) -> Settings:
             " install torchao"
         )
     N = settings.student_steps
-    if N not in adapter["recommended"]:
+    if N not in adapter["scales"]:
         die(
             f"--student-steps {N}: the adapter in --out {settings.out} has scales for"
-            f" {listed(adapter['recommended'])} steps, give one of these"
+            f" {listed(adapter['scales'])} steps, give one of these"
         )
     if N in adapter["uncalibrated"]:
         words = f"{no_scale([N])}: give another --student-steps"
@@ -2811,7 +2824,7 @@ def card(results: dict, out: Path, family: Flux | Flux2, machine: Machine) -> st
     missing = adapter["uncalibrated"]
     is_warning = "WARNING" in sentence or missing
     rows = ["| steps | scale, or strength | times for ManualSigmas |", "| --- | --- | --- |"]
-    for n in adapter["recommended"]:
+    for n in recommended(adapter, family):
         shown = "none found" if n in missing else adapter["scales"][n]
         rows.append(f"| {n} | {shown} | `{format_times(n, shift)}` |")
     made_with = [f"{name}: {markdown_code(value)}" for name, value in identity.items()]
@@ -3202,12 +3215,11 @@ def forecast(
     training = len(left) * seconds + len(due) * validate + call * of_teacher * 16 * every_n
     end = datetime.now() + timedelta(seconds=training)
     validations = f"{counted(due, 'validation')} of {duration(validate)}"
-    calls = network_calls(settings, validation.cache.model.family)["iteration"]
     words = (
         f"{seconds:.3g} s per iteration; training takes {duration(training)} more, until"
         f" {end:%a %H:%M}, with {validations}; calibration then takes about"
         f" {duration(calibrate)} and comparison {duration(compare)}; a row of an iteration takes"
-        f" {calls:g} network calls"
+        f" {validation.network_calls['iteration']:g} network calls"
     )
     if machine.device != "cuda":
         return words

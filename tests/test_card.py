@@ -80,8 +80,8 @@ def test_every_number_of_the_snippet_is_the_runs_own(taught, monkeypatch):
     assert calls.scale.args == ("scfm", 1.125)
     assert calls.scheduler.kwargs == {"use_dynamic_shifting": False, "shift": 2.7}
     assert calls.sample.kwargs == {
-        "num_inference_steps": 5, "guidance_scale": 4.25, "max_sequence_length": 77,
-        "height": 640, "width": 640,
+        "prompt": "PROMPT", "num_inference_steps": 5, "guidance_scale": 4.25,
+        "max_sequence_length": 77, "height": 640, "width": 640,
     }  # fmt: skip
 
 

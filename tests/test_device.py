@@ -105,8 +105,8 @@ def test_a_velocity_that_is_wrong_with_the_lora_alone_is_found(setup, lora, monk
 def test_times_that_the_stock_pipeline_does_not_take_are_found(setup, lora, monkeypatch):
     right = fd.stock_sample
 
-    def wrong(model, noise, steps, cond, shift, batch):
-        return right(model, noise, steps, cond, 2.0, batch)
+    def wrong(model, noise, steps, cond, shift, *more):
+        return right(model, noise, steps, cond, 2.0, *more)
 
     monkeypatch.setattr(fd, "stock_sample", wrong)
     with pytest.raises(
@@ -226,9 +226,12 @@ THIRTEEN = fd.Settings(
 ON_A_CPU = SimpleNamespace(device="cpu")
 
 
-def validation_of(seconds: float) -> SimpleNamespace:
+def validation_of(seconds: float, of_teacher: int = 1) -> SimpleNamespace:
     """What the forecast knows of validations: seconds of a call; half as many rows as compared."""
-    return SimpleNamespace(seconds=seconds, compared=2.0)
+    calls = {"iteration": 6}
+    return SimpleNamespace(
+        seconds=seconds, compared=2.0, network_calls=calls, of_teacher=of_teacher
+    )
 
 
 def test_the_forecast_is_that_of_a_count_by_hand():
@@ -238,6 +241,17 @@ def test_the_forecast_is_that_of_a_count_by_hand():
     assert "3 validations of 8 s" in words
     assert "takes about 88 s" in words  # 11 x (5 + 3)
     assert "comparison 94 s" in words  # twice the rows, 32 calls and 3 x 5
+    assert words.endswith("a row of an iteration takes 6 network calls")
+
+
+def test_the_forecast_counts_a_guided_velocity_as_two_calls():
+    validation = validation_of(seconds=1.0, of_teacher=2)
+    words = fd.forecast(THIRTEEN, ON_A_CPU, validation, 3, seconds=60.0)
+    assert "3 validations of 8 s" in words  # by the student alone
+    assert "training takes 13 min more" in words  # 16 x 5 calls more: 784 s
+    assert "takes about 88 s" in words
+    assert "comparison 168 s" not in words
+    assert "comparison 3 min" in words  # twice the rows, 2 x (32 + 5) calls and 2 x 5: 168 s
 
 
 def test_the_end_of_training_is_told_with_its_validations(monkeypatch):
@@ -333,7 +347,9 @@ def test_relative_change_is_that_of_the_merged_weights(lora):
 @pytest.mark.parametrize(("change", "fades"), [(0.002, True), (0.004, False)])
 def test_the_card_warns_of_a_change_that_fades_in_bfloat16(change, fades):
     adapter = {"checks": None, "relative_change": change}
-    card = fd.card_costs({"phases": {}, "machine": {"device": "CPU"}, "adapter": adapter})
+    results = {"phases": {}, "machine": {"device": "CPU"}, "adapter": adapter}
+    calls = {"iteration": 6, "teacher": 32, "student": 3}
+    card = fd.card_costs(results | {"network_calls": calls, "teacher_steps": 32})
     assert ("lost to rounding" in card) == fades
 
 
