@@ -624,6 +624,17 @@ def test_flags_win_over_the_defaults_of_a_family(tmp_path):
     family = fd.Flux2({"_class_name": "Flux2KleinPipeline"}, {"guidance_embeds": False})
     settings = fd.parse(["--shift", "3", "--out", str(tmp_path)]).suited_to(family)
     assert (settings.shift, settings.shift_range, settings.guidance) == (3.0, (4.0, 8.0), 4.0)
+    assert settings.layers == "all"
+    settings = fd.parse(["--layers", "blocks", "--out", str(tmp_path)]).suited_to(family)
+    assert settings.layers == "blocks"
+
+
+def test_the_modulation_of_all_blocks_lies_outside_of_them(setup):
+    """So a LoRA on the blocks alone can't change what a block makes of the time."""
+    lora = new_lora(setup)
+    assert any("modulation" in name for name in lora.layers)
+    inside = new_lora(setup, layers="blocks")
+    assert not any("modulation" in name for name in inside.layers)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ import flux_distill as fd
 import shortcut as sc
 
 KLEIN = common.ROOT / "tests" / "tiny_klein"
-GUIDANCE = 3.0
+GUIDANCE = 4.0
 FLAGS = ("--model", KLEIN, "--prompts", KLEIN / "prompts.txt", "--guidance", GUIDANCE)
 STEPS = (2, 3, 4, 6, 8)
 NOISES = 32  # images of a caption that the judge sees
