@@ -3,8 +3,8 @@
 Runs flux_distill.py as the README's demonstration does, with 3 seeds: on all pairs, on ten, with
 the paper's windows, until lam* says stop, and at other time shifts. `--parts` picks some of these
 runs; "all pairs", with which others are compared, must be among them. Errors are distances (RMSE of
-latents) to 32 steps of the teacher at the same shift, on held-out captions and paired noise. The
-tables also take results/layers.json, which is of an earlier version of the code and has less in it.
+latents) to 32 steps of the teacher at the same shift, on held-out captions and paired noise. "cut":
+a LoRA on all layers without those outside the blocks, as some tools load it.
 """
 
 import tempfile
@@ -46,6 +46,8 @@ def measure(run: str, seed: int, length: float) -> dict:
         found["seed to seed"] = results["seed_to_seed"]
         if run == "all pairs":
             found["lam"] = lam_of_saved(settings, results)
+        if run == "all layers":
+            found["cut"] = cut_to_blocks(settings)
     return found
 
 
@@ -56,6 +58,18 @@ def lam_of_saved(settings: fd.Settings, results: dict) -> dict[int, float]:
     weights = load_file(world.run.state)[name]
     validation = fd.Validation(settings, world.cache, world.lora)
     return {n: validation.lam(weights, n) for n in STEPS}
+
+
+def cut_to_blocks(settings: fd.Settings) -> float:
+    """Distance in 3 steps of a saved LoRA without its layers outside the blocks, at scale 1."""
+    world = common_flux.TinyFlux(settings)
+    lora = world.lora
+    weights = world.saved_weights()
+    of_B = weights[lora.first_B :].split([layer.B.numel() for layer in lora.layers.values()])
+    for name, B in zip(lora.layers, of_B, strict=True):
+        if "transformer_blocks." not in name:
+            B.zero_()
+    return world.distance(world.velocity(weights), 3)
 
 
 def tasks(flows, seeds) -> dict[str, list[common.Task]]:
@@ -136,6 +150,10 @@ def claims(runs: dict[str, list[common.Row]]):
         for run in ("all layers", "the paper's windows", "stopped when matched"):
             if run in runs:
                 yield claim(f"3 steps, {name}", ours, error(run, name, 3), run)
+    if "all layers" in runs:
+        cut = common.column(runs["all layers"], "cut")
+        whole = error("all layers", "student", 3)
+        yield claim("all layers, 3 steps, student, cut", cut, whole, "whole")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,16 @@ from pathlib import Path
 import ablations
 import baselines
 import common
+import fewshot
 import flux
+import fusion
 import gpu
+import guidance
+import iterations
+import klein
 import lookahead
 import oracle
+import quality
 import readme
 import toy
 
@@ -26,10 +32,16 @@ SECTIONS = {  # file of results: title, the script that made it
     "toy": ("2-D flows", toy),
     "baselines": ("Other ways to few steps", baselines),
     "ablations": ("What each choice is worth", ablations),
-    "lookahead": ("Look-ahead of a table in place of a network", lookahead),
+    "iterations": ("How long until a quality is reached", iterations),
+    "lookahead": ("Does the theory hold?", lookahead),
+    "fusion": ("Training from scratch", fusion),
+    "guidance": ("A guided teacher", guidance),
+    "flux": ("The tiny Flux", flux),
+    "quality": ("Quality against network calls on the tiny Flux", quality),
+    "fewshot": ("Few pairs on the tiny Flux", fewshot),
     "oracle": ("How near a student of the tiny Flux can come", oracle),
+    "klein": ("The tiny klein", klein),
     "gpu": ("A GPU", gpu),
-    "layers": ("LoRA on all linear layers, or inside the blocks", flux),
 }
 
 FINDINGS = {  # in words alone, since numbers would go stale
@@ -44,24 +56,31 @@ it is too coarse for one midpoint step. An EMA as slow as the paper's stalls in 
 these. What counts is the distribution of the look-ahead, not its mean alone: equal halves have the
 right mean and are far worse at shift 3. At the paper's shifts, 2.5 to 4.5, windows are matched to
 3.5, and sampling at 3 costs more than was expected: so flux_distill.py trains at 2 to 4.""",
-    "baselines": """With a full budget, direct regression from 8 teacher calls is as good as ours
-for 3 and 4 steps and better for 2 and, at shift 3 by far, for one: there our teacher's part, one
-midpoint step, is too coarse. With a tenth of the budget ours is better at shift 1, where fewer
-teacher calls are too inexact and more leave too few iterations, and level with the best at shift
-3. Bootstrapping saves teacher calls; that is all it does.""",
-}
-
-
-ABOUT = {  # instead of a script's docstring, where the file has only some of its parts
-    "baselines": """What does bootstrapping buy? python tests/benchmarks/baselines.py --parts direct
-tune_direct (half an hour on 1 core)
-
-Direct regression: the student learns the teacher's mean velocity over its coming step, from K
-teacher calls (2, 4 and 8 by midpoint steps, 16 by Euler steps), without an EMA. Ours: matched
-windows. Students for 1 to 4 steps, at shifts 1 and 3, with as many network calls: those of our
-1,000 iterations of 512 rows, or a tenth. The learning rate is tuned for each method, shift and
-budget on another seed, in 3 steps: of four rates that with the least geometric mean over two flows,
-or 2e-3 if that is within 5 %. ± is half of a 95 % interval over the seeds.""",
+    "baselines": """In 3 steps ours, direct regression and progressive distillation are level: no
+ratio between them is far from one. At one and two steps a student of 3 steps loses by far to
+networks that were trained for these, or are told their step, even with its scale; a student that
+is distilled for them does not. With a full budget, direct regression from 8 teacher calls is as
+good as ours for 3 and 4 steps and better for 2 and, at shift 3 by far, for one: there our teacher's
+part, one midpoint step, is too coarse. With a tenth of the budget ours is better at shift 1, where
+fewer teacher calls are too inexact and more leave too few iterations, and level with the best at
+shift 3. Bootstrapping saves teacher calls; that is all it does.""",
+    "iterations": """The paper's recipe is as fast as ours to a coarse level, and passes its best
+soon after. To that best ours needs half to a third of the calls, and it goes on to errors several
+times lower. What makes runs short is the EMA: with the paper's own decays its recipe takes tens of
+times as many calls as with EMAs that are warmed up. Small batches reach a level in fewer calls.""",
+    "lookahead": """With a table in place of a network the code follows the prediction. Networks
+follow it too with matched windows, and with the paper's at a teacher fraction of a half or more.
+Long look-aheads come out shorter than predicted: each window loses a few percent of it, for its
+middle lies off the teacher's path, and the losses add up. lam* is the best scale at the student's
+own number of steps; at others it is only near, and the search around it finds the best.""",
+    "fusion": """Training from scratch with shortcuts has the same trade-off as distillation. Few
+steps gain as many lose: recipes whose look-ahead suits few steps are worse in 32 steps than plain
+flow matching, by one to two orders of magnitude. The paper says that quality in many steps does
+not fall. A large fraction of data rows costs nothing there, and gains little in 3 steps.""",
+    "guidance": """A guided teacher can be distilled. The student's 3 plain calls are nearer to its
+many guided steps than 8 guided steps, which take 16 calls. A warm start on the guided velocity
+gains nothing that is worth its setting. The scale is no dial for other numbers of steps here, for
+it changes the guidance, too.""",
 }
 
 
@@ -80,7 +99,7 @@ def made_on(rows: list[common.Row]) -> str:
 
 def section(name: str, rows: list[common.Row]) -> list[str]:
     title, script = SECTIONS[name]
-    first, what = ABOUT.get(name, script.__doc__).strip().split("\n\n", 1)
+    first, what = script.__doc__.strip().split("\n\n", 1)
     form = r"(.+[:?]) (python [^(]+?)(?: \((.+)\))?"
     question, command, time = re.fullmatch(form, " ".join(first.split())).groups()
     took = f" takes {time}" if time else ""
