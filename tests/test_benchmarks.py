@@ -22,7 +22,6 @@ import ablations
 import baselines
 import common
 import common_flux
-import flux
 import iterations
 import lookahead
 import quality
