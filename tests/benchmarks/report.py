@@ -84,6 +84,16 @@ it changes the guidance, too.""",
 }
 
 
+FIGURES = {  # which its script draws with --figure: file in assets, what it shows
+    "lookahead": (
+        "lookahead.png",
+        "Predicted against measured look-ahead, a dot for a student and a time of the grid;"
+        " look-ahead along the path",
+    ),
+    "quality": ("steps.png", "Distance, Fréchet distance and diversity over network calls"),
+}
+
+
 def made_on(rows: list[common.Row]) -> str:
     """Machines and versions, in one line."""
     told = []
@@ -107,6 +117,10 @@ def section(name: str, rows: list[common.Row]) -> list[str]:
     lines += [f"`results/{name}.json`, {made_on(rows)}.", "", what, ""]
     if name in FINDINGS:
         lines += [f"**What it says.** {FINDINGS[name]}", ""]
+    if name in FIGURES:
+        file, shown = FIGURES[name]
+        lines += [f"![{shown}](../../assets/{file})", ""]
+        lines += [f"*{shown}. Drawn with `--figure assets/{file}`.*", ""]
     return [*lines, *script.tables(rows), ""]
 
 
@@ -138,8 +152,8 @@ FLUX = {"flux_distill.py", "tests/benchmarks/common_flux.py", "tests/make_tiny_f
 
 def stale(rows: list[common.Row]) -> set[str]:
     """Files that may change these numbers and have changed since. FLUX can't, on the 2-D flows."""
-    on_flows = [row for row in rows if "flow" in row.settings]
-    others = [row for row in rows if "flow" not in row.settings]
+    on_flows = [row for row in rows if "flow" in row.settings or row.part == "table"]
+    others = [row for row in rows if row not in on_flows]
     changed = set(common.changed_sources(on_flows)) - FLUX
     return changed | set(common.changed_sources(others))
 
