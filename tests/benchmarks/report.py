@@ -79,8 +79,8 @@ flow matching, by one to two orders of magnitude. The paper says that quality in
 not fall. A large fraction of data rows costs nothing there, and gains little in 3 steps.""",
     "guidance": """A guided teacher can be distilled. The student's 3 plain calls are nearer to its
 many guided steps than 8 guided steps, which take 16 calls. A warm start on the guided velocity
-gains nothing that is worth its setting. The scale is no dial for other numbers of steps here, for
-it changes the guidance, too.""",
+helps a little where there is no guidance to learn; with guidance it does not, or does harm. The
+scale is no dial for other numbers of steps, for it changes the guidance, too.""",
 }
 
 
