@@ -151,7 +151,7 @@ def test_the_shift_without_a_node_is_said_where_it_was_trained(taught, low, high
 def test_what_the_layers_mean_for_other_tools(taught):
     every = card(taught, settings={"layers": "all"})
     assert "InvokeAI refuses" in every
-    assert "40 % of the gain" in every
+    assert "95 % of the gain" in every
     blocks = card(taught, settings={"layers": "blocks"})
     assert "InvokeAI" in blocks
     assert "refuses" not in blocks

@@ -476,11 +476,18 @@ def test_a_lost_lora_is_made_from_the_checkpoint_without_training(done, tmp_path
 
 
 def has_matched(*lams: float, rmse: float = 0.1) -> bool:
+    """With the paper's windows."""
     rows = [{"lam_3": lam, "rmse": rmse, "teacher_rmse": 0.3} for lam in lams]
+    return fd.has_matched(fd.Settings(student_steps=3, paper=True), [{"loss": 1.0}, *rows])
+
+
+def has_settled(*errors: float) -> bool:
+    """With matched windows, where lam* is 1 all the time."""
+    rows = [{"lam_3": 1.0, "rmse": error, "teacher_rmse": 0.3} for error in errors]
     return fd.has_matched(fd.Settings(student_steps=3), [{"loss": 1.0}, *rows])
 
 
-def test_a_student_has_matched_when_lam_has_come_down_to_1_05():
+def test_a_student_of_the_papers_windows_has_matched_when_lam_has_come_down_to_1_05():
     assert has_matched(3.0, 1.04)
     assert not has_matched(3.0, 1.2)
     assert not has_matched(math.inf)
@@ -489,12 +496,21 @@ def test_a_student_has_matched_when_lam_has_come_down_to_1_05():
 def test_a_student_that_has_not_learned_has_not_matched():
     assert not has_matched(-0.5)
     assert not has_matched(3.0, 1.04, rmse=0.3)  # lam* of rounding noise: still the teacher
+    assert not has_settled(*[0.3] * 12)
 
 
-def test_a_student_has_matched_when_lam_stalls_over_ten_validations():
+def test_a_student_of_the_papers_windows_has_matched_when_lam_stalls_over_ten_validations():
     assert has_matched(*[2.0] * 10)
     assert not has_matched(*[2.0] * 9)
     assert not has_matched(*[2 - 0.1 * i for i in range(10)])
+
+
+def test_matched_windows_train_until_the_error_stalls_whatever_lam_is():
+    """On the tiny Flux lam* is near 1 after 20 iterations, long before the student is good."""
+    assert not has_settled(0.25)
+    assert not has_settled(*[0.25 - 0.01 * i for i in range(15)])
+    assert has_settled(*[0.2] * 10)
+    assert not has_settled(*[0.2] * 9)
 
 
 def test_stop_when_matched_ends_training_at_a_validation(tmp_path, monkeypatch):
@@ -505,7 +521,7 @@ def test_stop_when_matched_ends_training_at_a_validation(tmp_path, monkeypatch):
         return {"lam_2": 3.0, "lam_3": next(lams), "teacher_rmse": 0.3, "rmse": 0.1}
 
     monkeypatch.setattr(fd.Validation, "measure", measure)
-    flags = ["--stop-when-matched", "--iterations", 6]
+    flags = ["--stop-when-matched", "--iterations", 6, "--paper"]
     _, state = train(prepared(tmp_path / "out", *flags))
     assert state.done
     assert state.iteration == 4

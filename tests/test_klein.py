@@ -692,8 +692,18 @@ def test_dev_needs_a_transformer_that_takes_guidance(dev):
     assert "belong" in fd.Flux2({"_class_name": "Flux2Pipeline"}, config).refusal()
 
 
-# ------------------------------------------------------------------------------- what it can do
+# --------------------------------------------------------------------------------- what it can do
 
 
-DEMONSTRATION = """--resolution 32 --shift 1 --shift-range 1 1 --iterations 400 --batch 64
-    --learning-rate 1e-3 --recompute-every 0 --noises 8"""
+@pytest.mark.slow
+def test_the_tiny_klein_is_distilled_with_its_guidance():
+    """One seed of tests/benchmarks/klein.py, which also has what is missed."""
+    sys.path.insert(0, str(KLEIN.parent / "benchmarks"))
+    import klein
+
+    found = klein.measure(seed=0, length=1.0)
+    distance, shown = found["distance"], found["shown"]
+    assert distance["student"][3] < 0.6 * distance["teacher"][3]
+    assert shown["teacher, 32 steps"] > 0.95
+    assert shown["teacher without guidance"] < 0.6
+    assert shown["student, 3 steps"] > 0.85

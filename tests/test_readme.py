@@ -95,6 +95,20 @@ def test_the_readme_quotes_what_was_measured():
     assert set(numbers) == OTHERS.keys()
 
 
+def test_the_card_quotes_what_was_measured_of_layers():
+    rows = common.load(common.RESULTS / "flux.json")
+    blocks, whole = (
+        common.column(common.where(rows, run), "student", 3) for run in ("all pairs", "all layers")
+    )
+    told = words(flux_distill.Flux.tools["blocks"])
+    assert f"a factor of {common.ratio_text(blocks, whole).split()[0]}, three seeds" in told
+    assert len(blocks) == 3
+    teacher = common.column(common.where(rows, "all pairs"), "teacher", 3).mean()
+    cut = common.column(common.where(rows, "all layers"), "cut").mean()
+    lost = (cut - whole.mean()) / (teacher - whole.mean())
+    assert f"cost {lost:.0%}".replace("%", " %") in words(flux_distill.Flux.tools["all"])
+
+
 def test_the_readme_has_the_commands_that_were_measured():
     for command in (readme.TOY, readme.TINY_FLUX):
         assert f"python {' '.join(command)}" in page("README.md")
