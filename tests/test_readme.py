@@ -80,7 +80,7 @@ OTHERS = {
     "3.13": "",
     "2.11": "",
     "2.13": "",
-    "1.3": "million parameters of the tiny Flux",
+    "2.0": "Apache's licence",
 }
 
 
