@@ -336,6 +336,7 @@ from diffusers import (
 )
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention_dispatch import attention_backend
+from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from diffusers.training_utils import (
     find_nearest_bucket,
     free_memory,
@@ -480,9 +481,9 @@ def prepare(settings: Settings, machine: Machine) -> tuple[Run, Cache]:
 
 
 def refuse_guidance(settings: Settings, family: Flux | Flux2) -> None:
-    """Ends if the stock pipeline would not guide by as much as we do, without an error."""
-    if family.true_guidance and settings.guidance < 1:
-        die(f"--guidance {settings.guidance:g} must be at least 1, which is no guidance")
+    """Ends if the stock pipeline would not guide, without an error."""
+    if family.true_guidance and settings.guidance <= 1:
+        die(f"--guidance {settings.guidance:g} must be above 1: at 1 and below there is none")
 
 
 def finished(run: Run) -> dict | None:
@@ -575,10 +576,11 @@ class Flux:
     tokens of 2 x 2 latents, which only the functions here know. Conditions are "text" (B, T, D)
     from T5, "pooled" (B, d) from CLIP, and "guidance" (B,).
 
-    A family is made from a pipeline's model_index.json and the config of its transformer.
+    A family is made from a pipeline's model_index.json and the config of its transformer. Its
+    `velocity` is the student's, `teacher_velocity` what the student learns.
     """
 
-    name = "FLUX.1-dev"
+    tiny = "tests/tiny_flux"  # a small one, to try
     size = "34 GB"  # of its files
     gpu = "40 GB or more"  # to train with the defaults
     pipeline = FluxPipeline
@@ -586,6 +588,7 @@ class Flux:
     text_encoders: ClassVar = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
     text_side = (*text_encoders, "tokenizer", "tokenizer_2")
     defaults: ClassVar = {}  # of flags, where they are others than those of Settings
+    patch = 2  # latents along a side of a token
     kept = (28, 45)  # activations of a block, and of one that is recomputed; see check_memory
     true_guidance = False  # whether a guided velocity takes two calls, one of them without the text
 
@@ -750,9 +753,10 @@ class Flux2:
     "guidance" (B,) and, for true guidance, "empty" (B, T, D), the embedding of no text.
     """
 
-    name = "FLUX.2-klein-base, FLUX.2-dev"
+    tiny = "tests/tiny_klein"  # a small one, to try
     transformer = Flux2Transformer2DModel
     text_side = ("text_encoder", "tokenizer")
+    patch = 1  # latents along a side of a token
     kept = (33, 53)  # FLUX.1's, times the ratio of what autograd saves of a block
     # The stock pipeline's shift grows with the image and falls with the number of steps: 5.5 to 6.2
     # for 50 to 32 steps at 512 px, 7.6 to 8.4 at 1024 px. 4 to 8 is as wide as FLUX.1's range,
@@ -768,15 +772,19 @@ class Flux2:
 
     def __init__(self, index: dict, config: dict):
         self.config = config  # of the transformer
-        self.true_guidance = not config.get("guidance_embeds")
+        self.true_guidance = not config.get("guidance_embeds", True)  # as diffusers reads it
         self.is_distilled = bool(index.get("is_distilled"))
-        is_klein = index["_class_name"] == Flux2KleinPipeline.__name__
-        self.pipeline = Flux2KleinPipeline if is_klein else Flux2Pipeline
-        encoder = Qwen3ForCausalLM if is_klein else Mistral3ForConditionalGeneration
-        self.text_encoders = {"text_encoder": encoder}
-        self.size = "16 GB (4B) or 35 GB (9B)" if is_klein else "110 GB"  # of its files
-        self.gpu = "24 GB or more (9B: 40 GB)" if is_klein else "80 GB or more"
-        self.is_klein = is_klein
+        self.is_klein = index["_class_name"] == "Flux2KleinPipeline"
+        if self.is_klein:
+            self.pipeline = Flux2KleinPipeline
+            self.text_encoders = {"text_encoder": Qwen3ForCausalLM}
+            self.size = "16 GB (4B) or 35 GB (9B)"  # of its files
+            self.gpu = "24 GB or more (9B: 40 GB)"
+        else:
+            self.pipeline = Flux2Pipeline
+            self.text_encoders = {"text_encoder": Mistral3ForConditionalGeneration}
+            self.size = "110 GB"
+            self.gpu = "96 GB or more"
 
     def refusal(self) -> str | None:
         """Why this model can't be distilled."""
@@ -790,10 +798,9 @@ class Flux2:
         """The range that training draws from."""
         return (guidance, guidance) if self.true_guidance else (0.0, 8.0)
 
-    @staticmethod
-    def pool_guidance(guidance: float) -> float:
+    def pool_guidance(self, guidance: float) -> float:
         """That of images which the teacher makes for training."""
-        return guidance
+        return guidance if self.true_guidance else 4.0
 
     def latent_shape(self, vae: dict, resolution: int) -> tuple[int, int, int]:
         """(C, H, W) of a square image, from the config of the VAE."""
@@ -819,6 +826,11 @@ class Flux2:
     @staticmethod
     def count_tokens(pipe: DiffusionPipeline, texts: list[str]) -> list[int]:
         """Tokens of each text with what the pipeline puts around it."""
+        if isinstance(pipe, Flux2Pipeline):  # its tokenizer is a processor of text and images
+            how = {"tokenize": True, "return_dict": True, "add_generation_prompt": False}
+            messages = [format_input([text], pipe.system_message) for text in texts]
+            whole = [pipe.tokenizer.apply_chat_template(message, **how) for message in messages]
+            return [len(encoded["input_ids"][0]) for encoded in whole]
         messages = [[{"role": "user", "content": text}] for text in texts]
         how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
         whole = [pipe.tokenizer.apply_chat_template(message, **how) for message in messages]
@@ -869,9 +881,9 @@ class Flux2:
         guidance: Tensor,
         empty: Tensor | None = None,
     ) -> Tensor:
-        """Velocity (B, C, H, W) in float32, by one call; the network is fed in `dtype`.
+        """The student's velocity (B, C, H, W) in float32; the network is fed in `dtype`.
 
-        Without true guidance: `empty` is not used, nor is `guidance` if the network takes none.
+        One plain call: it leaves `empty` aside, and `guidance` if the network takes none.
         """
         dtype = dtype or net.dtype
         if net.dtype != torch.float32:
@@ -897,7 +909,7 @@ class Flux2:
         guidance: Tensor,
         empty: Tensor | None = None,
     ) -> Tensor:
-        """Velocity (B, C, H, W) in float32; true guidance takes one call with 2 B rows."""
+        """The velocity that the student learns; true guidance takes one call with 2 B rows."""
         if not self.true_guidance:
             return self.velocity(net, x, t, dtype, text=text, guidance=guidance)
         texts = torch.cat([text, empty])
@@ -964,9 +976,9 @@ beta, ancestral and lcm samplers"""
     def licence(base_model: str) -> dict[str, str]:
         """The licence, as the Hub's YAML has it."""
         name = base_model.lower()
-        if "klein" in name and "4b" in name:
+        if name == "black-forest-labs/flux.2-klein-base-4b":
             return {"license": "apache-2.0"}
-        known = "flux.2-" in name
+        known = name.startswith("black-forest-labs/flux.2-")
         return other_licence("flux-non-commercial-license" if known else OF_THE_BASE)
 
 
@@ -1061,10 +1073,11 @@ class Model:
         except Exception as error:
             die(f"--model {name} {refusal_of(error).format(name)}")
         if class_name not in FAMILIES:
-            known = [
-                f"a {kind} ({family.name}, its fine-tunes)" for kind, family in FAMILIES.items()
-            ]
-            die(f"--model {name} is a {class_name}: this distils {' or '.join(known)}")
+            die(
+                f"--model {name} is a {class_name}: this distils FLUX.1-dev (FluxPipeline),"
+                " FLUX.2-klein-base (Flux2KleinPipeline), FLUX.2-dev (Flux2Pipeline) and their"
+                " fine-tunes"
+            )
         self.family = FAMILIES[class_name](index, config)
         self.parts = sorted(name for name, value in index.items() if isinstance(value, list))
         refusal = self.family.refusal()
@@ -1232,6 +1245,7 @@ class Cache:
         self.machine = model.machine
         self.data = data
         self.keys = {"text": data.text_keys, "latent": data.latent_keys}
+        self.empty = None  # embedding (1, T, D) of no text, once it is read
 
     def path(self, kind: str, i: int) -> Path:
         return cache_file(self.settings.out, kind, self.keys[kind][i])
@@ -1265,12 +1279,14 @@ class Cache:
     def conditions(self, texts, guidance: float | Tensor) -> dict[str, Tensor]:
         """All that the family's velocity takes besides x and t, for texts at these places."""
         guidance = torch.as_tensor(guidance).expand(len(texts))
-        encoded = self.read("text", texts)
+        device = self.machine.device
+        cond = self.read("text", texts) | {"guidance": guidance}
+        cond = {name: value.to(device) for name, value in cond.items()}
         if self.data.empty is not None:
-            empty = self.read("text", [self.data.empty])["text"]
-            encoded["empty"] = empty.expand_as(encoded["text"])
-        cond = encoded | {"guidance": guidance}
-        return {name: value.to(self.machine.device) for name, value in cond.items()}
+            if self.empty is None:
+                self.empty = self.read("text", [self.data.empty])["text"].to(device)
+            cond["empty"] = self.empty.expand_as(cond["text"])
+        return cond
 
     def noise(self, keys: list[tuple]) -> Tensor:
         """Noise (B, C, H, W), a draw for each key."""
@@ -1302,8 +1318,9 @@ def fill_cache(settings: Settings, cache: Cache) -> None:
     """Phase 1: fill in the missing entries of the cache."""
     data = cache.data
     made = fill(settings, cache, "text", encode_captions)
-    if made:
-        name_cut_texts(settings, cache.model, [data.texts[i] for i in made])
+    named = [data.texts[i] for i in made if i != data.empty]
+    if named:
+        name_cut_texts(settings, cache.model, named)
     fill(settings, cache, "latent", encode_images if data.pairs[0].image else sample_teacher)
 
 
@@ -1378,7 +1395,12 @@ def text_length(settings: Settings, model: Model) -> int:
             f"--text-tokens {settings.text_tokens} is more than the {most} of the tokenizer of"
             f" --model {model.name}: give at most {most}"
         )
-    return min(settings.text_tokens, most)
+    length = min(settings.text_tokens, most)
+    if model.family.true_guidance:
+        (around,) = model.family.count_tokens(model.load("text"), [""])
+        if length <= around:  # all texts would be the empty one
+            die(f"--text-tokens {length} leaves no room for a text: give more than {around}")
+    return length
 
 
 def name_cut_texts(settings: Settings, model: Model, texts: list[str]) -> None:
@@ -1991,10 +2013,25 @@ class Validation:
 
     def lam(self, weights: Tensor, steps: int) -> float:
         if steps not in self.paths:
-            teacher = self.lora.velocity(None)
-            self.paths[steps] = sc.teacher_path(teacher, self.noise, self.times(steps), **self.cond)
+            self.paths[steps] = self.teacher_path(steps)
         student = self.lora.velocity(weights)
         return sc.optimal_scale(student, self.paths[steps], **self.cond).item()
+
+    @torch.no_grad()
+    def teacher_path(self, steps: int) -> sc.TeacherPath:
+        """The teacher's path, with the velocities that the student has at scale 0.
+
+        These are the teacher's, except with true guidance: then they are those without guidance,
+        from which the scale leads to the student.
+        """
+        teacher = self.lora.velocity(None)
+        path = sc.teacher_path(teacher, self.noise, self.times(steps), **self.cond)
+        if not self.cache.model.family.true_guidance:
+            return path
+        plain = self.lora.velocity(self.lora.loaded_weights(), 0.0)
+        states = zip(path.times[:-1], path.x, strict=True)
+        velocities = [plain(x, t.expand(len(x)), **self.cond) for t, x in states]
+        return path._replace(velocity=torch.stack(velocities))
 
     def search(self, weights: Tensor, steps: int) -> tuple[float, float]:
         """Least distance to the teacher's reference samples, and the scale that gives it.
@@ -2126,9 +2163,9 @@ def calibrate(settings: Settings, run: Run, validation: Validation, state: Train
     uncalibrated = []
     for n, (distance, scale) in sorted(best.items()):
         scales[n] = scale
-        # At a scale near 0 every student samples as the teacher does: require an improvement.
-        teacher = validation.distance(validation.end(None, n))
-        if scale in SCALES or not distance < 0.999 * teacher:
+        # At a scale near 0 every student samples as the network before: require an improvement.
+        at_zero = validation.distance(validation.end(weights, n, 0.0))
+        if scale in SCALES or not distance < 0.999 * at_zero:
             uncalibrated.append(n)
             scales[n] = 1.0
     row = validation.report(weights, run.out / "validation/saved.png")
@@ -2298,17 +2335,23 @@ def render(settings: Settings, machine: Machine) -> None:
     adapter = read_adapter(out)
     settings = follow_adapter(settings, adapter)
     model = Model(settings.model, machine, settings.quantize)
-    if model.family.true_guidance and "guidance" in settings.given:
+    is_other = settings.guidance != adapter["guidance"]
+    if model.family.true_guidance and is_other:
         die(
             f"--guidance: the student in --out {out} has learned a guidance of"
             f" {adapter['guidance']:g}, and no other can be had from it: leave the flag out"
         )
-    if settings.student_steps not in recommended(adapter, model.family):
+    N = settings.student_steps
+    if N not in recommended(adapter, model.family):
         die(
-            f"--student-steps {settings.student_steps}: the student in --out {out} was distilled"
-            f" for {adapter['student_steps']}, and its scale for others changes its guidance, too:"
+            f"--student-steps {N}: the student in --out {out} was distilled for"
+            f" {adapter['student_steps']}, and its scale for others changes its guidance, too:"
             " leave the flag out, or distil another student"
         )
+    if N in adapter["uncalibrated"]:
+        others = set(recommended(adapter, model.family)) - set(adapter["uncalibrated"])
+        advice = "give another --student-steps" if others else "distil again, for longer"
+        tqdm.write(f"{no_scale([N])}: {advice}", file=sys.stderr)
     model.download()
     if adapter["settings"]["model"] != model.fingerprint:
         die(
@@ -2377,9 +2420,6 @@ def follow_adapter(settings: Settings, adapter: dict) -> Settings:
             f"--student-steps {N}: the adapter in --out {settings.out} has scales for"
             f" {listed(adapter['scales'])} steps, give one of these"
         )
-    if N in adapter["uncalibrated"]:
-        words = f"{no_scale([N])}: give another --student-steps"
-        tqdm.write(words, file=sys.stderr)
     return settings
 
 
@@ -2792,7 +2832,7 @@ has the scales of the last row.
 
 ## How it was made
 
-Saved: the {weights}, after {iterations} iterations. {verdict} A fresh diffusers pipeline with this
+Saved: the {weights}, after {iterations} iterations.{verdict} A fresh diffusers pipeline with this
 file reproduces latents of training to a relative difference of {self_check:.1g}.
 
 ## Cost
@@ -2810,7 +2850,7 @@ int8 = PipelineQuantizationConfig(
 
 OWN_STEPS = """
 For other numbers of steps distil another student. The scale of this one changes its guidance, too:
-at 0 it has none. The last row of the table has the scales that were best on validation prompts."""
+at 0 it has none. The last row of the table has the best scales found on validation prompts."""
 
 FADES = 0.003  # relative change of weights below which bfloat16 rounds much of it away
 
@@ -2846,7 +2886,7 @@ def card(results: dict, out: Path, family: Flux | Flux2, machine: Machine) -> st
         "title": markdown_code(adapter["base_model"]),
         "pipeline": family.pipeline.__name__,
         "alarm": f"\n> Warning. {sentence}\n" if is_warning else "",
-        "verdict": "" if is_warning else sentence,
+        "verdict": "" if is_warning else f" {sentence}",
         "precision": precision if is_int8 else dtype,
         "int8": INT8 if is_int8 else "",
         "quantized": ", quantization_config=int8" if is_int8 else "",
@@ -2978,8 +3018,9 @@ def device_errors(settings: Settings, cache: Cache, lora: LoRA) -> dict[str, flo
     data = cache.data
     device = cache.machine.device
     generator = keyed(settings.seed, "check device")
-    # Cropped: plain attention takes memory by the square of the tokens.
-    x_0 = cache.latent(0)[None, :, :64, :64].to(device)
+    # Cropped to 32 x 32 tokens: plain attention takes memory by the square of their number.
+    side = 32 * cache.model.family.patch
+    x_0 = cache.latent(0)[None, :, :side, :side].to(device)
     noise = torch.randn(x_0.shape, generator=generator).to(device)
     t = torch.full((1,), 0.5, device=device)  # which bfloat16 does not round, times 1000
     x_t = sc.interpolate(x_0, noise, t)
@@ -3170,7 +3211,7 @@ def check_memory(settings: Settings, model: Model) -> None:
         die(
             f"--model {model.name} has {parameters / 1e9:.0f} billion parameters and PyTorch sees"
             f" no GPU: use one with {model.family.gpu} (if nvidia-smi shows one, its driver is"
-            " older than 580: pip install 'torch<2.11'), or try --model tests/tiny_flux here"
+            " older than 580: pip install 'torch<2.11'), or try --model {model.family.tiny} here"
         )
     bytes_each = machine.dtype.itemsize
     blocks = len(blocks_of(net))

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -379,7 +380,65 @@ def test_validation_measures_against_the_guided_teacher(setup):
         stock = stock_latents(pipe, texts, validation.noise, steps, GUIDANCE)
         assert_close(end, stock, rtol=0, atol=2e-4)
         assert difference(stock_latents(pipe, texts, validation.noise, steps, 1.0), end) > 1e-2
-    assert validation.lam(lora.loaded_weights(), 3) < 0.9  # unguided, it is no teacher
+
+
+@torch.no_grad()
+def test_lam_is_that_of_the_scale_which_starts_from_the_unguided_network(setup):
+    """lam* = sum <v_S - v_0, mean - v_0> / sum |v_S - v_0|^2, with v_0 the velocity at scale 0."""
+    lora = new_lora(setup)
+    validation = fd.Validation(setup.settings, setup.cache, lora)
+    weights = lora.loaded_weights()
+    assert validation.lam(weights, 3) == float("inf")  # untrained, it is that network
+    weights += 0.02 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(0))
+    teacher, student = lora.velocity(None), lora.velocity(weights)
+    plain = lora.velocity(weights, 0.0)
+    x, cond = validation.noise, validation.cond
+    product = square = 0.0
+    for t, t_next in pairwise(sc.time_grid(3, 6.0)):
+        x_next = sc.euler_sample(teacher, x, torch.linspace(t, t_next, 17), **cond)
+        at = t.expand(len(x))
+        change = student(x, at, **cond) - plain(x, at, **cond)
+        mean = (x - x_next) / (t - t_next)
+        product += (change * (mean - plain(x, at, **cond))).sum()
+        square += change.square().sum()
+        x = x_next
+    assert validation.lam(weights, 3) == pytest.approx((product / square).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("steps", [3, 6])
+def test_a_student_that_has_not_learned_is_inert_and_has_not_diverged(setup, steps):
+    """Without guidance it is far from the guided teacher, all the more in many steps."""
+    settings = fd.replace(setup.settings, student_steps=steps, teacher_steps=24)
+    lora = new_lora(setup)
+    validation = fd.Validation(settings, setup.cache, lora)
+    weights = lora.loaded_weights()
+    row = validation.measure(weights, validation.end(weights, steps), [steps])
+    assert not fd.has_diverged(settings, row)
+    assert "inert student" in fd.verdict(settings, row)
+    assert not fd.has_matched(fd.replace(settings, paper=True), [row])
+
+
+def test_a_scale_is_kept_that_is_better_than_none(finished):
+    """Also where it ends farther from the teacher than that itself does."""
+    adapter = fd.read_metadata(finished.out / fd.LORA)
+    results = json.loads((finished.out / "results.json").read_text())
+    cells = {(row["sampler"], row["steps"]): row["rmse"] for row in results["table"]}
+    assert adapter["uncalibrated"] == []
+    assert cells["student, scaled", 3] > cells["teacher", 3]
+
+
+def test_the_device_check_has_as_few_tokens_as_that_of_flux(tmp_path):
+    """32 x 32; plain attention takes memory by their square."""
+    setup = prepared(tmp_path / "out", *FLAGS, "--resolution", 320, "--limit", 1)
+    tokens = []
+
+    def note(module, args, kwargs):
+        tokens.append(kwargs["hidden_states"].shape[1])
+
+    lora = new_lora(setup)
+    lora.net.register_forward_pre_hook(note, with_kwargs=True)
+    fd.device_errors(setup.settings, setup.cache, lora)
+    assert tokens[0] == 32 * 32 < max(tokens) == 40 * 40
 
 
 def test_calls_are_counted_as_they_are_made(finished, setup):
@@ -469,6 +528,10 @@ def test_card_and_file_say_how_the_student_samples(finished):
             "black-forest-labs/FLUX.2-dev",
             {"license": "other", "license_name": "flux-non-commercial-license"},
         ),
+        (
+            "someone/FLUX.2-klein-4b-tune",
+            {"license": "other", "license_name": "that-of-the-base-model"},
+        ),
         ("someone/tune", {"license": "other", "license_name": "that-of-the-base-model"}),
     ],
 )
@@ -500,6 +563,7 @@ def test_sample_refuses_another_guidance(finished):
     told = f"--guidance: the student in --out .* has learned a guidance of {GUIDANCE:g}"
     with pytest.raises(SystemExit, match=told):
         fd.main([*map(str, flags)])
+    fd.main([*map(str, flags[:-1]), str(GUIDANCE)])  # that which it has learned
 
 
 def test_one_number_of_steps_is_recommended_and_the_others_are_shown(finished):
@@ -552,13 +616,29 @@ def test_a_distilled_klein_is_refused(tmp_path):
     says("is distilled: it samples in 4 steps already", "--model", folder, "--out", tmp_path / "o")
 
 
-def test_a_transformer_that_takes_guidance_does_not_belong_to_klein(tmp_path):
-    folder = changed(tmp_path, "transformer/config.json", guidance_embeds=True)
+@pytest.mark.parametrize("guidance_embeds", [True, None], ids=["said", "by default"])
+def test_a_transformer_that_takes_guidance_does_not_belong_to_klein(tmp_path, guidance_embeds):
+    """Diffusers makes one that takes it where the config does not say."""
+    folder = changed(tmp_path, "transformer/config.json", guidance_embeds=guidance_embeds)
+    if guidance_embeds is None:
+        file = folder / "transformer/config.json"
+        config = json.loads(file.read_text())
+        del config["guidance_embeds"]
+        file.write_text(json.dumps(config))
     says("does not belong to its pipeline", "--model", folder, "--out", tmp_path / "o")
 
 
-def test_a_guidance_below_1_is_refused(tmp_path):
-    says("--guidance 0.5 must be at least 1", *FLAGS[:-1], 0.5, "--out", tmp_path / "o")
+@pytest.mark.parametrize("guidance", [0.5, 1])
+def test_a_guidance_that_does_not_guide_is_refused(tmp_path, guidance):
+    says(f"--guidance {guidance} must be above 1", *FLAGS[:-1], guidance, "--out", tmp_path / "o")
+
+
+def test_texts_that_would_be_cut_to_nothing_are_refused(tmp_path):
+    """The template around them has two tokens."""
+    says(
+        "--text-tokens 2 leaves no room for a text: give more than 2",
+        *FLAGS, "--text-tokens", 2, "--out", tmp_path / "o",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -665,7 +745,8 @@ def test_dev_takes_its_guidance_and_needs_one_call(dev):
     family = fd.Flux2({"_class_name": "Flux2Pipeline"}, dev.config)
     assert family.refusal() is None
     assert not family.true_guidance
-    assert family.training_guidance(4.0) == (0.0, 8.0)
+    assert family.training_guidance(3.0) == (0.0, 8.0)
+    assert family.pool_guidance(3.0) == 4.0
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, 16, 4, 6, generator=generator)
     cond = {"text": torch.randn(2, 8, 24, generator=generator), "guidance": torch.full((2,), 4.0)}
@@ -690,6 +771,25 @@ def test_dev_needs_a_transformer_that_takes_guidance(dev):
     """Without one diffusers would sample all the same, and ignore the guidance."""
     config = dev.config | {"guidance_embeds": False}
     assert "belong" in fd.Flux2({"_class_name": "Flux2Pipeline"}, config).refusal()
+    del config["guidance_embeds"]  # then diffusers makes one that takes it
+    assert fd.Flux2({"_class_name": "Flux2Pipeline"}, config).refusal() is None
+
+
+def test_tokens_of_dev_are_counted_with_its_system_message(dev, monkeypatch):
+    """By its processor's chat template, as the pipeline feeds the text encoder."""
+
+    def apply_chat_template(messages, **how):
+        assert how["tokenize"] and not how["add_generation_prompt"]
+        (conversation,) = messages
+        words = " ".join(part["text"] for turn in conversation for part in turn["content"])
+        return {"input_ids": [words.split()]}
+
+    tokenizer = SimpleNamespace(apply_chat_template=apply_chat_template)
+    monkeypatch.setattr(dev.pipe, "tokenizer", tokenizer)
+    family = fd.Flux2({"_class_name": "Flux2Pipeline"}, dev.config)
+    around = len(dev.pipe.system_message.split())
+    counts = family.count_tokens(dev.pipe, ["a red ring", "a fox"])
+    assert counts == [around + 3, around + 2]
 
 
 # --------------------------------------------------------------------------------- what it can do
