@@ -69,7 +69,7 @@ def test_schnell(tmp_path):
 
 def test_another_family_of_models(tmp_path):
     folder = edited(tmp_path, "model_index.json", _class_name="StableDiffusion3Pipeline")
-    sentence = "is a StableDiffusion3Pipeline: this distils a FluxPipeline"
+    sentence = "is a StableDiffusion3Pipeline: this distils FLUX.1-dev"
     says(sentence, "--model", folder, "--out", tmp_path / "out")
 
 
