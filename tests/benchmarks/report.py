@@ -72,9 +72,10 @@ times as many calls as with EMAs that are warmed up. Small batches reach a level
     "lookahead": """With a table in place of a network the code follows the prediction. Networks
 follow it too with matched windows, and with the paper's at a teacher fraction of a half or more.
 Long look-aheads come out shorter than predicted: each window loses a few percent of it, for its
-middle lies off the teacher's path, and the losses add up. On the tiny Flux they are about
-a third, for its student falls short of its targets in the middle of the path. lam* is the best scale at the student's
-own number of steps; at others it is only near, and the search around it finds the best.""",
+middle lies off the teacher's path, and the losses add up. On the tiny Flux they are about a third,
+for its student falls short of its targets in the middle of the path. lam* is the best scale at the
+student's own number of steps; at others it is only near, and the search around it finds the
+best.""",
     "flux": """In 3 steps the student is half as far from the teacher's end as the teacher in 3,
 at each shift, and level with its 6 steps. More was set as a target: 9 steps, and 8 and 12 for 4, is
 missed. Ten pairs do as well as all. A LoRA on all layers comes nearer, but a tool that drops those
