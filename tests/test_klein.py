@@ -437,8 +437,9 @@ def test_the_device_check_has_as_few_tokens_as_that_of_flux(tmp_path):
 
     lora = new_lora(setup)
     lora.net.register_forward_pre_hook(note, with_kwargs=True)
-    fd.device_errors(setup.settings, setup.cache, lora)
+    found = fd.device_errors(setup.settings, setup.cache, lora)
     assert tokens[0] == 32 * 32 < max(tokens) == 40 * 40
+    assert found["pipeline"] < 1e-4  # both are guided
 
 
 def test_calls_are_counted_as_they_are_made(finished, setup):
