@@ -373,7 +373,11 @@ def test_training_has_one_guidance(setup):
 
 def test_validation_measures_against_the_guided_teacher(setup):
     lora = new_lora(setup)
-    validation = fd.Validation(setup.settings, setup.cache, lora)
+    with rows_of_calls() as rows:
+        validation = fd.Validation(setup.settings, setup.cache, lora)
+    # A first call, then those whose seconds are measured for the forecast.
+    calls = rows["elsewhere"] / len(validation.noise)
+    assert calls == validation.of_teacher * (1 + setup.settings.teacher_steps + 3) == 2 * 12
     texts = validation.texts * setup.settings.noises
     pipe = stock_pipeline(6.0)
     for end, steps in ((validation.fine, 8), (validation.coarse, 3)):
