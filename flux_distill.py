@@ -116,7 +116,7 @@ class Settings:
         text="pixels, a multiple of 16")
     text_tokens: int = flag(256, weights=True, sampling=True, metavar="K",
         type=at_least(1, high=LONGEST_TEXT),
-        text=f"pad or cut texts to K tokens, at most {LONGEST_TEXT}; FLUX.2: 512 by default")
+        text=f"pad or cut texts to K tokens, at most {LONGEST_TEXT}; for FLUX.2 512 unless given")
     out: Path = flag(Path("flux_out"), sampling=True, type=Path,
         text="folder for all output")
     sample: tuple[str, ...] = flag((), sampling=True, nargs="+", metavar="PROMPT",
@@ -131,13 +131,13 @@ class Settings:
     shift_range: tuple[float, float] = flag((2.0, 4.0), weights=True, type=SHIFT, nargs=2,
         metavar=("LOW", "HIGH"),
         text="range of the time shift in training; windows are matched to its middle, which should"
-        " be --shift; FLUX.1 with --paper: the paper's 2.5 4.5 by default; FLUX.2: 4.0 8.0")
+        " be --shift; with --paper the paper's 2.5 4.5, for FLUX.2 4.0 8.0, unless given")
     shift: float = flag(3.0, sampling=True, type=SHIFT,
-        text="time shift of sampling; FLUX.2: 6.0 by default")
+        text="time shift of sampling; for FLUX.2 6.0 unless given")
     guidance: float = flag(3.5, sampling=True, type=at_least(0.0),
-        text="guidance; FLUX.2: 4.0 by default. A model that takes guidance as an input (FLUX.1,"
-        " FLUX.2-dev) is trained on a range and samples with this; for others (FLUX.2-klein-base)"
-        " it becomes part of the student, which then samples without any")
+        text="guidance; for FLUX.2 4.0 unless given. A model that takes guidance as an input"
+        " (FLUX.1, FLUX.2-dev) is trained on a range and samples with this; for others"
+        " (FLUX.2-klein-base) it becomes part of the student, which then samples without any")
     teacher_steps: int = flag(32, type=at_least(2), metavar="K",
         text="steps of the teacher's reference samples")
     steps: tuple[int, ...] = flag((2, 3, 4, 6, 8), type=COUNT, nargs="+", metavar="N",
@@ -157,7 +157,7 @@ class Settings:
         text="rank of the LoRA")
     layers: str = flag("blocks", weights=True, choices=("blocks", "all"),
         text="linear layers that get a LoRA: those inside the blocks, which every tool can load,"
-        " or all; FLUX.2: all by default")
+        " or all; for FLUX.2 all unless given")
     recompute_every: int = flag(1, type=at_least(0), metavar="K",
         text="recompute every K-th block in the backward pass; 1: all, least memory; 0: none,"
         " fastest")
@@ -591,6 +591,7 @@ class Flux:
     patch = 2  # latents along a side of a token
     kept = (28, 45)  # activations of a block, and of one that is recomputed; see check_memory
     true_guidance = False  # whether a guided velocity takes two calls, one of them without the text
+    teacher_calls = 1  # network calls for a velocity of the teacher
 
     def __init__(self, index: dict, config: dict):
         self.config = config  # of the transformer
@@ -699,7 +700,7 @@ class Flux:
     ) -> Tensor:
         """Latents (B, C, H, W) in float32 that the stock pipeline makes of noise.
 
-        guided: as the teacher does; only with true guidance it makes a difference.
+        guided: as the teacher does. It makes a difference only with true guidance.
         """
         height, width = noise.shape[2] // 2, noise.shape[3] // 2
         latents = pipe(
@@ -773,6 +774,7 @@ class Flux2:
     def __init__(self, index: dict, config: dict):
         self.config = config  # of the transformer
         self.true_guidance = not config.get("guidance_embeds", True)  # as diffusers reads it
+        self.teacher_calls = 2 if self.true_guidance else 1  # for a velocity of the teacher
         self.is_distilled = bool(index.get("is_distilled"))
         self.is_klein = index["_class_name"] == "Flux2KleinPipeline"
         if self.is_klein:
@@ -1667,10 +1669,9 @@ def network_calls(settings: Settings, family: Flux | Flux2) -> dict[str, float]:
     iteration, for its backward pass counts as two.
     """
     method = method_of(settings)
-    of_teacher = 2 if family.true_guidance else 1
     return {
-        "iteration": method.teacher_calls * of_teacher + method.ema_calls + 3,
-        "teacher": settings.teacher_steps * of_teacher,
+        "iteration": method.teacher_calls * family.teacher_calls + method.ema_calls + 3,
+        "teacher": settings.teacher_steps * family.teacher_calls,
         "student": settings.student_steps,
     }
 
@@ -1994,7 +1995,7 @@ class Validation:
         self.coarse.sum().item()  # waits for a GPU
         family = cache.model.family
         self.network_calls = network_calls(settings, family)
-        self.of_teacher = 2 if family.true_guidance else 1  # network calls for a velocity
+        self.of_teacher = family.teacher_calls
         calls = self.of_teacher * (settings.teacher_steps + settings.student_steps)
         self.seconds = (time.perf_counter() - began) / calls  # of one network call on all rows
 
