@@ -89,8 +89,8 @@ SIZES = {
         vae_iterations=1000,
         images=30_000,
         batch=128,
-        iterations=4_000,
-        guidance_iterations=800,
+        iterations=3_000,
+        guidance_iterations=600,
         learning_rate=5e-4,
     ),
 }

@@ -133,6 +133,32 @@ def test_the_rate_is_that_of_counted_flops_and_a_fraction_of_the_matrix_product(
     assert found["tflops"] * 1e12 == pytest.approx(flops / found["step"])
 
 
+def test_the_time_of_a_profiled_step_is_that_of_its_operations():
+    found = speed.measure_profile("small", 64, 2, "--recompute-every 0", threads=1, length=1.0)
+    assert [*found["kinds"]] == [*speed.KINDS]
+    assert 0.5 < sum(found["kinds"].values()) / found["profiled"] < 1.01
+    assert found["kinds"]["matrix products"] > 0.1 * found["profiled"]
+    assert any("mm" in name and count > 20 for name, _, count in found["longest"])
+    lines = speed.tables([row_of(found)])
+    assert f"a step of {found['profiled']:.3f} s: 64 px, batch 2" in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "kernel, kind",
+    [
+        ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel", "attention"),
+        ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80", "attention"),
+        ("triton_red_fused_addmm_mul_native_layer_norm_3", "compiled"),
+        ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NTN", "matrix products"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "matrix products"),
+        ("Memcpy HtoD (Pinned -> Device)", "copies"),
+        ("void at::native::vectorized_elementwise_kernel<4, FillFunctor>", "others"),
+    ],
+)
+def test_kernels_are_sorted_by_their_names(kernel, kind):
+    assert speed.kind_of(kernel) == kind
+
+
 def test_settings_of_the_tasks_are_those_that_are_measured():
     """Of every task: its function takes them, its flags are flags, its config is one."""
     for script in (speed, gpu):
@@ -147,7 +173,7 @@ def test_settings_of_the_tasks_are_those_that_are_measured():
 def test_a_gpu_has_all_parts_at_full_size(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     parts = speed.tasks((), range(1))
-    assert [*parts] == [*speed.usual(), "small"]
+    assert [*parts] == [*speed.usual(), "profile", "small"]
     assert parts["matmul"]
     configs = [
         t.settings["config"] for name in ("sampling", "steps", "variants") for t in parts[name]

@@ -10,6 +10,7 @@ and leaves that in the file of results even if the machine goes away during a la
                    sampling in 3 steps
     full           flux_distill.py on a whole pipeline of that configuration (34 GB, in a RAM disk
                    where there is room): seconds and peak memory of each phase
+    profile        kernels of a training step by their kind, eager and compiled
     klein          the same on a pipeline of FLUX.2-klein-base-4B's configuration (16 GB), at the
                    size and batch that README has for a card of 24 GB
     demonstration  the tiny Flux distilled in bfloat16, as in the README
@@ -56,9 +57,10 @@ from transformers import (
 import flux_distill as fd
 
 LIMITS = {  # seconds, on a GPU
-    "gradients": 30, "steps": 200, "full": 180, "demonstration": 70, "klein": 150, "medium": 570,
+    "gradients": 30, "steps": 200, "full": 180, "demonstration": 70, "profile": 120, "klein": 150,
+    "medium": 570,
 }  # fmt: skip
-USUAL = [part for part in LIMITS if part not in ("klein", "medium")]  # if no flag says which
+USUAL = ["gradients", "steps", "full", "demonstration"]  # if no flag says which
 DEMONSTRATION = ("--model", str(TINY), "--prompts", str(TINY / "prompts.txt"),
                  *common_flux.DEMONSTRATION.split())  # fmt: skip
 LENGTHS = {  # whether on a GPU: flags
@@ -94,6 +96,10 @@ CASES = {  # whether on a GPU: pixels, batch, flags
            (1024, 4, EAGER), (512, 16, f"{EAGER} --compile")],
     False: [(64, 2, EAGER), (64, 2, HALF)],
 }  # fmt: skip
+PROFILED = {  # likewise
+    True: [(512, 8, EAGER), (512, 8, f"{EAGER} --compile")],
+    False: [(64, 2, EAGER)],
+}
 COUNT = 4  # steps of each case
 KERNELS = {  # attention: backend of diffusers
     "in use": "native", "flash": "_native_flash", "efficient": "_native_efficient",
@@ -304,6 +310,7 @@ def tasks(flows=(), seeds=()) -> dict[str, list[common.Task]]:
         "gradients": [common.Task(kernel_errors, {"kernel": name}) for name in kernels],
         "steps": [*matmul, *sampling, common.Task(full_size_errors, size), *steps],
         "full": [common.Task(made_pipeline, {}), common.Task(full_run, resolution)],
+        "profile": speed.profile_tasks(config, PROFILED[on_gpu], threads),
         "demonstration": [common.Task(demonstration_run, {"flags": LENGTHS[on_gpu]})],
         "klein": [
             common.Task(made_pipeline, {"family": "klein"}),
@@ -327,7 +334,7 @@ def tables(rows: list[common.Row]) -> list[str]:
         if "checks" in row.found:
             cells = ["full size", *differences(row.found["checks"])]
             lines += common.table(["kernels in use", *CHECKS], [cells])
-    lines += speed.tables_of_steps(steps)
+    lines += speed.tables_of_steps([*steps, *common.where(rows, "profile")])
     for part in ("demonstration", "full", "klein", "medium"):
         for row in common.where(rows, part):
             lines += about_run(part, row.found)
@@ -450,7 +457,7 @@ def run_tasks(part: str, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=LIMITS, default=USUAL, help="in order"
-                        " (all but klein and medium, of which the latter is the medium model of"
+                        " (all but profile, klein and medium; the last is the medium model of"
                         " make_tiny_flux.py, trained and then distilled at shift 3, in at most 10"
                         " minutes)")  # fmt: skip
     parser.add_argument("--medium-model", type=Path, metavar="DIR", help="folder of that model,"

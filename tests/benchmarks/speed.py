@@ -5,13 +5,15 @@ without a gradient, the student forward and backward. Steps of flux_distill.trai
 and cached noise, are timed in turn with such calls alone. On a CPU: a Flux of 124 million
 parameters (2 minutes on 2 cores). On a CUDA device: FLUX.1-dev's own configuration, built there in
 bfloat16, with peak memory and the fraction of the rate of a large matrix product. "variants", at
-one size, recompute fewer blocks or compile them. "sampling" takes 3 steps with the LoRA, without
-text encoders and VAE. "small" is a network to try this script with.
+one size, recompute fewer blocks or compile them. "profile" adds up the kernels of one step.
+"sampling" takes 3 steps with the LoRA, without text encoders and VAE. "small" is a network to try
+this script with.
 
 One task at a time has the whole machine: leave --jobs at 1. --length scales the number of steps.
 """
 
 import os
+import re
 import statistics
 import tempfile
 import time
@@ -41,8 +43,16 @@ SIZES = {"dev": {512: (1, 4, 8, 16), 1024: (1, 4)}, "medium": {256: (2,)}}  # pi
 BEST = {"dev": (512, 8), "medium": (256, 2)}  # the size at which variants are tried
 RECOMPUTE = ("--recompute-every 1", "--recompute-every 0")
 VARIANTS = ("--recompute-every 2", "--recompute-every 4", "--compile")
+PROFILED = ("--recompute-every 1", "--recompute-every 1 --compile")
 STEPS = 8  # of a training
 WARM_UP = 2  # steps that are not timed
+KINDS = {  # of kernels, and of what a CPU calls: the first that fits
+    "attention": "flash|fmha|attention",
+    "compiled": "triton",
+    "matrix products": "mm|nvjet|cutlass",
+    "copies": "copy|memcpy|memset",
+    "others": "",
+}
 
 # ---------------------------------------------------------------------------- a run without a model
 
@@ -178,6 +188,37 @@ def measure_steps(
     return found
 
 
+def measure_profile(
+    config: str, pixels: int, batch: int, flags: str, threads: int, length: float
+) -> dict:
+    """Where one training step spends its time: seconds of its kernels by kind, and the longest."""
+    torch.set_num_threads(threads)
+    with random_run(CONFIGS[config], pixels, batch, *flags.split()) as run:
+        machine = run.cache.machine
+        state = fd.TrainState(run.lora.loaded_weights(), fd.method_of(run.settings))
+        steps = fd.train(run.settings, run.cache, fd.read_pool(run.cache), run.lora, state)
+        while state.iteration < WARM_UP:
+            next(steps)
+        activity = torch.profiler.ProfilerActivity
+        watched = activity.CUDA if machine.device == "cuda" else activity.CPU
+        with torch.profiler.profile(activities=[watched]) as profile:
+            seconds = seconds_of(lambda: next(steps), machine)
+    kernels = []
+    for event in profile.key_averages():
+        on_device = machine.device == "cuda"
+        microseconds = event.self_device_time_total if on_device else event.self_cpu_time_total
+        kernels.append((event.key[:100], microseconds / 1e6, event.count))
+    kernels.sort(key=lambda kernel: -kernel[1])
+    kinds = dict.fromkeys(KINDS, 0.0)
+    for name, spent, _ in kernels:
+        kinds[kind_of(name)] += spent
+    return {"profiled": seconds, "kinds": kinds, "longest": kernels[:12]}
+
+
+def kind_of(kernel: str) -> str:
+    return next(kind for kind, names in KINDS.items() if re.search(names, kernel, re.IGNORECASE))
+
+
 def measure_sampling(config: str, pixels: int, threads: int, length: float) -> dict:
     """Seconds in which the stock pipeline makes the latents of one image with the LoRA."""
     torch.set_num_threads(threads)
@@ -220,6 +261,17 @@ def step_tasks(
     return tasks
 
 
+def profile_tasks(
+    config: str, cases: Sequence[tuple[int, int, str]], threads: int
+) -> list[common.Task]:
+    """cases: pixels, batch, flags."""
+    tasks = []
+    for pixels, batch, flags in cases:
+        settings = {"config": config, "pixels": pixels, "batch": batch, "flags": flags}
+        tasks.append(common.Task(measure_profile, settings | {"threads": threads}))
+    return tasks
+
+
 def sampling_tasks(config: str, sizes: Sequence[int], threads: int) -> list[common.Task]:
     """sizes: pixels."""
     settings = {"config": config, "threads": threads}
@@ -231,11 +283,13 @@ def tasks(flows, seeds) -> dict[str, list[common.Task]]:
     sizes, threads = SIZES[config], os.cpu_count()
     cases = [(p, b, flags) for p, batches in sizes.items() for b in batches for flags in RECOMPUTE]
     variants = [(*BEST[config], flags) for flags in VARIANTS]
+    profiled = [(*BEST[config], flags) for flags in PROFILED]
     small = [(64, 2, flags) for flags in RECOMPUTE]
     parts = {
         "sampling": sampling_tasks(config, [*sizes], threads),
         "steps": step_tasks(config, cases, threads),
         "variants": step_tasks(config, variants, threads),
+        "profile": profile_tasks(config, profiled, threads),
         "small": sampling_tasks("small", [64], 1) + step_tasks("small", small, 1),
     }
     if has_gpu():
@@ -291,7 +345,22 @@ def tables_of_steps(rows: list[common.Row]) -> list[str]:
             timed.append(row)
     if timed:
         lines += common.table(HEAD, [cells_of(row, peak) for row in timed])
+    for row in rows:
+        if "kinds" in row.found:
+            lines += table_of_kinds(row)
     return lines
+
+
+def table_of_kinds(row: common.Row) -> list[str]:
+    """Where a step's time goes."""
+    step = row.found["profiled"]
+    cells = []
+    for kind, seconds in row.found["kinds"].items():
+        cells.append([kind, f"{seconds:.3f}", f"{seconds / step:.0%}"])
+    waiting = step - sum(row.found["kinds"].values())
+    cells.append(["between kernels", f"{waiting:.3f}", f"{waiting / step:.0%}"])
+    size = "{pixels} px, batch {batch}, {flags}".format_map(row.settings)
+    return common.table([f"a step of {step:.3f} s: {size}", "seconds", "share"], cells)
 
 
 def parameters(config: dict) -> int:
