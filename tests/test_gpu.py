@@ -46,7 +46,7 @@ def test_an_int8_base_closes_nine_tenths_of_the_gap(demonstration, tmp_path):
     assert quantized["teacher", 3] - quantized["student", 3] > 0.9 * gap
 
 
-@pytest.mark.parametrize("guidance", [1, 4, 8])
+@pytest.mark.parametrize("guidance", [1.5, 4, 8])
 def test_the_rounding_of_a_guided_teacher_passes_the_check(tmp_path, guidance):
     """A guidance of g multiplies it by up to 2 g - 1."""
     model = TINY.parent / "tiny_klein"
