@@ -220,8 +220,8 @@ def test_the_page_is_what_its_numbers_say():
 
 def test_a_changed_number_changes_the_page(monkeypatch, tmp_path):
     text = (common.RESULTS / "gpu.json").read_text()
-    assert "34.1" in report.render() and "56789.1" not in report.render()
-    changed = text.replace('"gib": 34.', '"gib": 56789.1, "was": 34.', 1)
+    assert "32.9" in report.render() and "56789.1" not in report.render()
+    changed = text.replace('"gib": 32.', '"gib": 56789.1, "was": 32.', 1)
     (tmp_path / "gpu.json").write_text(changed)
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     assert "56789.1" in report.render()

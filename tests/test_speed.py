@@ -140,7 +140,7 @@ def test_the_time_of_a_profiled_step_is_that_of_its_operations():
     assert found["kinds"]["matrix products"] > 0.1 * found["profiled"]
     assert any("mm" in name and count > 20 for name, _, count in found["longest"])
     lines = speed.tables([row_of(found)])
-    assert f"a step of {found['profiled']:.3f} s: 64 px, batch 2" in "\n".join(lines)
+    assert f"a profiled step of {found['profiled']:.3f} s: 64 px, batch 2" in "\n".join(lines)
 
 
 @pytest.mark.parametrize(
@@ -193,28 +193,37 @@ def test_a_gpu_has_all_parts_at_full_size(monkeypatch):
 
 
 def test_the_tables_of_the_stored_results_are_made():
-    """Also of parts that were stopped, of kernels that failed, and of what was noted by hand."""
+    """Also of parts that were stopped."""
     told = gpu.tables(common.load(common.RESULTS / "gpu.json"))
-    assert told[0].startswith(
-        "NVIDIA H100 80GB HBM3: torch 2.11.0, diffusers 0.42.1, transformers 5.17.0. An earlier"
+    assert told[0].startswith("x86_64, 16 cores, NVIDIA H200: python 3.12.3, torch 2.11.0, numpy")
+    assert told[1].endswith(
+        "'full' ran beside other parts on the same card: seconds are upper bounds"
     )
     for line in (
-        "| efficient | 0.02 | 0.0066 | 0.006 | 0.0063 |",
-        "| cuDNN | No available kernel. Aborting execution. |  |  |  |",
+        "| efficient | 0.017 | 0.0076 | 0.0085 | 0.0065 |",
+        "| cuDNN | 1.8e+04 | 0.0079 | 0.0078 | 0.0063 |",
         "dev: 11901 million parameters",
-        "bfloat16 matrix product: 771 TFLOP/s",
-        "512 px, 3 steps, the latents of one image: 0.25 s",
-        "| full size | 0.0055 | 0.096 | 0.098 | 0.0042 |",
-        "| 512 | 8 | --recompute-every 1 | 2.339 | 2.291 | 1.021 | 302 (39%) | 34.1 |",
-        "| demonstration, phase | seconds | peak GiB |",
-        "| train | 28 | 0.1 |",
-        "| the whole process | 57 |  |",
-        "3 steps: teacher 0.351, student 0.200",
-        "full: stopped after 190 s",
-        "| cuDNN's attention switched on, FLUX.1-dev's configuration, gradient | nan |",
-        "| cuDNN's attention switched on, tiny Flux, three tries, gradient | nan, 8.3e+04, nan |",
+        "bfloat16 matrix product: 731 TFLOP/s",
+        "512 px, 3 steps, the latents of one image: 0.35 s",
+        "| full size | 0.0056 | 0.093 | 0.097 | 0.0042 |",
+        "| 512 | 8 | --recompute-every 1 | 2.469 | 2.407 | 1.026 | 355 (49%) | 32.9 |",
+        "| matrix products | 1.440 | 69% |",
+        "| full, phase | seconds | peak GiB |",
+        "| train | 101 | 32.7 |",
+        "| the whole process | 230 |  |",
+        "3 steps: teacher 0.074, student 0.071",
     ):
         assert line in told
+
+
+def test_a_kernel_that_failed_and_what_was_noted_by_hand_are_told():
+    found = {"error": "No available kernel."}
+    failed = common.Row("gradients", {"kernel": "cuDNN"}, 1.0, found, 1.0, common.origin())
+    found = {"gradient": [float("nan"), 8.3e4, float("nan")]}
+    noted = common.Row("an earlier call", {}, 1.0, found, None, common.origin())
+    told = gpu.tables([failed, noted])
+    assert "| cuDNN | No available kernel. |  |  |  |" in told
+    assert "| gradient | nan, 8.3e+04, nan |" in told
 
 
 def test_a_run_that_failed_is_told():
@@ -257,6 +266,27 @@ def test_a_part_that_runs_out_of_time_leaves_the_rows_that_it_had(tmp_path, monk
     assert stopped.found == {"stopped": "stopped after 3 s"}
     assert not list(temporary.iterdir())
     assert str(temporary) not in commands()
+
+
+def test_a_try_that_is_told_to_end_ends_with_the_processes_of_its_part(tmp_path):
+    """Otherwise they would slow whatever is tried next."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\ntouch $TMPDIR/../started\ntail -f $0 &\nwait\n")
+    python.chmod(0o755)
+    command = [
+        sys.executable,
+        "-c",
+        f"import gpu; gpu.sys.executable = {str(python)!r}; gpu.main()",
+    ]
+    env = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(FOLDER)}
+    flags = ["--parts", "steps", "--results", str(tmp_path / "rows.json")]
+    with subprocess.Popen([*command, *flags], env=env, stderr=subprocess.PIPE) as process:
+        while not (tmp_path / "started").exists():
+            time.sleep(0.05)
+            assert process.poll() is None
+        process.terminate()
+    assert process.returncode == 1
+    assert str(tmp_path) not in commands()
 
 
 def test_a_part_that_fails_says_so(tmp_path, monkeypatch):

@@ -100,7 +100,7 @@ PROFILED = {  # likewise
     True: [(512, 8, EAGER), (512, 8, f"{EAGER} --compile")],
     False: [(64, 2, EAGER)],
 }
-COUNT = 4  # steps of each case
+COUNT = 5  # steps of each case
 KERNELS = {  # attention: backend of diffusers
     "in use": "native", "flash": "_native_flash", "efficient": "_native_efficient",
     "cuDNN": "_native_cudnn",
@@ -468,6 +468,7 @@ def main() -> None:
     parser.add_argument("--make-pipeline", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--family", choices=("dev", "klein"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, stop)
     if args.medium_model:  # for the process of the part
         os.environ["MEDIUM_MODEL"] = str(args.medium_model.absolute())
     if args.make_pipeline:
@@ -478,6 +479,11 @@ def main() -> None:
     else:
         kept = common.RESULTS / "gpu.json" if has_gpu() else None
         try_parts(args.parts, args.results or kept)
+
+
+def stop(*_) -> None:
+    """End as after Ctrl-C: with the processes of the part that runs."""
+    sys.exit("stopped")
 
 
 def try_parts(parts: list[str], path: Path | None) -> None:
