@@ -6,8 +6,6 @@ each call of the network was given.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +16,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_runs import TINY, copied, fd, new_lora, prepared, run
+from tiny_runs import TINY, calls_by_phase, copied, fd, new_lora, prepared, run
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -33,37 +31,9 @@ PHASES = ("fill_cache", "loss_of", "device_errors", "validate", "calibrate", "co
 # --------------------------------------------------------------------------------- what tests share
 
 
-def noted_function(function, name: str, current: list[str]):
-    """The function; `name` is the last of `current` while it runs."""
-
-    def noted(*args, **kwargs):
-        current.append(name)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            current.pop()
-
-    return noted
-
-
-@contextmanager
-def guidance_of_calls() -> Iterator[dict[str, list[Tensor]]]:
-    """Guidance (B,) of each call of a Flux transformer, by the innermost phase that makes it."""
-    current = ["elsewhere"]
-    found = {}
-    forward = FluxTransformer2DModel.forward
-
-    def noted_forward(net, *args, **kwargs):
-        found.setdefault(current[-1], []).append(kwargs["guidance"].detach().clone())
-        return forward(net, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FluxTransformer2DModel, "forward", noted_forward)
-        for name in PHASES:
-            patch.setattr(fd, name, noted_function(getattr(fd, name), name, current))
-        init = noted_function(fd.Validation.__init__, "references", current)
-        patch.setattr(fd.Validation, "__init__", init)
-        yield found
+def guidance_of_calls():
+    """Guidance (B,) of each call of a Flux transformer, by phase."""
+    return calls_by_phase(FluxTransformer2DModel, PHASES, lambda call: call["guidance"].clone())
 
 
 def distinct(calls: list[Tensor]) -> set[float]:

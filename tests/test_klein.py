@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +29,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from faults import before_network_calls
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_runs import copied, fd, new_lora, prepared, run, same_run, says
+from tiny_runs import calls_by_phase, copied, fd, new_lora, prepared, run, same_run, says
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -60,32 +59,10 @@ def finished(tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(out=out, rows=rows)
 
 
-@contextmanager
 def rows_of_calls():
-    """How many rows each phase feeds the transformer."""
-    current = ["elsewhere"]
-    rows = {}
-    forward = Flux2Transformer2DModel.forward
-
-    def counting(net, *args, **kwargs):
-        rows[current[-1]] = rows.get(current[-1], 0) + len(kwargs["hidden_states"])
-        return forward(net, *args, **kwargs)
-
-    def noted(function, name):
-        def call(*args, **kwargs):
-            current.append(name)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                current.pop()
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Flux2Transformer2DModel, "forward", counting)
-        for name in ("fill_cache", "loss_of", "compare", "render"):
-            patch.setattr(fd, name, noted(getattr(fd, name), name))
-        yield rows
+    """How many rows each call feeds the transformer, by phase."""
+    phases = ("fill_cache", "loss_of", "compare", "render")
+    return calls_by_phase(Flux2Transformer2DModel, phases, lambda call: len(call["hidden_states"]))
 
 
 def stock_pipeline(shift: float) -> Flux2KleinPipeline:
@@ -291,7 +268,7 @@ def test_a_student_is_one_plain_call(setup):
     cond = setup.cache.conditions([0, 1], GUIDANCE)
     with rows_of_calls() as rows:
         ours = sc.euler_sample(lora.velocity(weights), noise, sc.time_grid(3, 6.0), **cond)
-    assert rows == {"elsewhere": 6}
+    assert rows == {"elsewhere": [2, 2, 2]}
     texts = setup.data.texts[:2]
     pipe = stock_pipeline(6.0)
     assert_close(ours, stock_latents(pipe, texts, noise, 3, 1.0), **EXACT)
@@ -376,7 +353,7 @@ def test_validation_measures_against_the_guided_teacher(setup):
     with rows_of_calls() as rows:
         validation = fd.Validation(setup.settings, setup.cache, lora)
     # A first call, then those whose seconds are measured for the forecast.
-    calls = rows["elsewhere"] / len(validation.noise)
+    calls = sum(rows["references"]) / len(validation.noise)
     assert calls == validation.of_teacher * (1 + setup.settings.teacher_steps + 3) == 2 * 12
     texts = validation.texts * setup.settings.noises
     pipe = stock_pipeline(6.0)
@@ -452,14 +429,14 @@ def test_calls_are_counted_as_they_are_made(finished, setup):
     calls = fd.network_calls(settings, setup.model.family)
     assert calls == {"iteration": 8, "teacher": 16, "student": 3}
     trained = settings.iterations * settings.batch
-    assert finished.rows["loss_of"] == (calls["iteration"] - 2) * trained
-    assert finished.rows["fill_cache"] == calls["teacher"] * len(setup.data.pairs)
+    assert sum(finished.rows["loss_of"]) == (calls["iteration"] - 2) * trained
+    assert sum(finished.rows["fill_cache"]) == calls["teacher"] * len(setup.data.pairs)
     rows = settings.noises * len(setup.data.comparison)
     steps = sum(settings.all_steps)
     check = settings.noises * settings.student_steps
     of_students = 2 * steps * rows
     of_teacher = 2 * steps * rows + calls["teacher"] * rows
-    assert finished.rows["compare"] == of_students + of_teacher + check
+    assert sum(finished.rows["compare"]) == of_students + of_teacher + check
 
 
 @pytest.mark.parametrize("paper", [False, True], ids=["default", "--paper"])
@@ -472,7 +449,7 @@ def test_calls_of_an_iteration_are_as_stated(setup, paper):
         for _ in fd.train(settings, setup.cache, fd.read_pool(setup.cache), lora, state):
             pass
     calls = fd.network_calls(settings, setup.model.family)["iteration"]
-    assert rows["loss_of"] / 50 == pytest.approx(calls - 2, abs=1e-6)
+    assert sum(rows["loss_of"]) / 50 == pytest.approx(calls - 2, abs=1e-6)
 
 
 def test_the_table_has_the_guided_teacher_and_the_unguided_student(finished, setup):
@@ -549,7 +526,7 @@ def test_sample_renders_without_guidance_what_the_student_makes(finished, tmp_pa
     prompt = "a red ring"
     with rows_of_calls() as rows:
         fd.main(["--model", str(KLEIN), "--out", str(out), "--sample", prompt])
-    assert rows == {"render": 3}
+    assert rows == {"render": [1, 1, 1]}
     with Image.open(Path(capsys.readouterr().out.strip())) as image:
         found = np.asarray(image).astype(int)
     pipe = stock_pipeline(6.0)
@@ -765,7 +742,7 @@ def test_dev_takes_its_guidance_and_needs_one_call(dev):
 
     with rows_of_calls() as rows:
         end = ours(**cond)
-    assert rows == {"elsewhere": 6}
+    assert rows == {"elsewhere": [2, 2, 2]}
     for guided in (False, True):
         assert_close(family.sample(dev.pipe, 3, guided, noise, **cond), end, **EXACT)
     other = ours(**cond | {"guidance": torch.full((2,), 5.0)})

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +52,42 @@ def new_lora(setup: SimpleNamespace, **change) -> fd.LoRA:
 def train(setup: SimpleNamespace) -> tuple[fd.Validation, fd.TrainState]:
     """Phase 2."""
     return fd.train_student(setup.settings, setup.cache, setup.run, setup.costs)
+
+
+@contextmanager
+def calls_by_phase(
+    network: type, phases: Sequence[str], note: Callable[[dict], object]
+) -> Iterator[dict[str, list]]:
+    """What `note` makes of the arguments of each call, by the innermost phase that makes it.
+
+    network: class of the transformer. phases: names of functions of flux_distill.py; what makes
+    the references of a validation is the phase "references".
+    """
+    current = ["elsewhere"]
+    found = {}
+    forward = network.forward
+
+    def noted_forward(net, *args, **kwargs):
+        found.setdefault(current[-1], []).append(note(kwargs))
+        return forward(net, *args, **kwargs)
+
+    def as_phase(function, name: str):
+        def noted(*args, **kwargs):
+            current.append(name)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                current.pop()
+
+        return noted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(network, "forward", noted_forward)
+        for name in phases:
+            patch.setattr(fd, name, as_phase(getattr(fd, name), name))
+        init = as_phase(fd.Validation.__init__, "references")
+        patch.setattr(fd.Validation, "__init__", init)
+        yield found
 
 
 def copied(folder: Path, to: Path) -> Path:
