@@ -11,7 +11,8 @@ set-up     flags, model, prompts,     --out itself, .lock
 cache      prompts, images, model     cache/: a file per text (embedding) and per pair (latent)
 train      cache, model               checkpoint/, log.csv, training.png, validation/
 calibrate  checkpoint, cache, model   the LoRA, cache/check, validation/saved.png
-compare    the LoRA, cache, model     comparison.png, README.md (model card), results.json
+compare    the LoRA, cache, model     comparison.png, README.md (model card), results.json;
+                                      FLUX.2: comfyui.safetensors, the LoRA under other names
 
 Keys: "pool", example (noise of the teacher's images); "A", layer (a LoRA's first weights); "train",
 iteration, pass; "fraction", iteration; "validation", "check" or "compare", text, sample; "check
@@ -363,6 +364,7 @@ if signal.getsignal(signal.SIGINT) is stop_before_main:
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 LORA = "pytorch_lora_weights.safetensors"  # files in --out
+COMFYUI_LORA = "comfyui.safetensors"
 STATE = "checkpoint/state.safetensors"
 CHECK = "cache/check.safetensors"
 OUTPUTS = (
@@ -442,8 +444,12 @@ def run_phases(settings: Settings, machine: Machine, run: Run, cache: Cache) -> 
         return None
     with costs.phase("compare"):
         results = compare(settings, cache, run)
-    results |= {"phases": costs.phases, "machine": machine.describe()}
-    card_text = card(results, run.out, cache.model.family, machine)
+    family = cache.model.family
+    files = {"README.md", "comparison.png", family.comfyui_file}
+    results |= {"phases": costs.phases, "machine": machine.describe(), "files": sorted(files)}
+    if family.comfyui_file != LORA:
+        save_for_comfyui(run, family)
+    card_text = card(results, run.out, family, machine)
     write_text(run.out / "README.md", card_text)
     write_text(run.out / "results.json", json.dumps(results, indent=1) + "\n")
     return results
@@ -491,7 +497,7 @@ def finished(run: Run) -> dict | None:
     with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         results = json.loads((run.out / "results.json").read_text())
         in_file = read_metadata(run.lora).get("key")
-        is_whole = all((run.out / name).exists() for name in ("README.md", "comparison.png"))
+        is_whole = all((run.out / name).exists() for name in results["files"])
         if is_whole and in_file == results["adapter"]["key"] == run.key:
             return results
     return None
@@ -717,6 +723,7 @@ class Flux:
 
     # What the model card says of this family. `tools`: which of them take a LoRA on these layers.
     tags = ("flux",)
+    comfyui_file = LORA
     tools: ClassVar = {
         "blocks": """The LoRA is on the linear layers inside the transformer's blocks. The code by
 which ComfyUI, InvokeAI, mflux, DiffSynth and sd-scripts map the keys of a LoRA was run on such a
@@ -744,6 +751,36 @@ schedulers normal and beta, ancestral and lcm samplers"""
         """The licence, as the Hub's YAML has it."""
         known = "flux.1-dev" in base_model.lower()
         return other_licence("flux-1-dev-non-commercial-license" if known else OF_THE_BASE)
+
+
+ORIGINAL_LAYERS = {  # of the code that FLUX.2 was published with: layers of diffusers
+    "img_in": ["x_embedder"],
+    "txt_in": ["context_embedder"],
+    "time_in.in_layer": ["time_guidance_embed.timestep_embedder.linear_1"],
+    "time_in.out_layer": ["time_guidance_embed.timestep_embedder.linear_2"],
+    "guidance_in.in_layer": ["time_guidance_embed.guidance_embedder.linear_1"],
+    "guidance_in.out_layer": ["time_guidance_embed.guidance_embedder.linear_2"],
+    "double_stream_modulation_img.lin": ["double_stream_modulation_img.linear"],
+    "double_stream_modulation_txt.lin": ["double_stream_modulation_txt.linear"],
+    "single_stream_modulation.lin": ["single_stream_modulation.linear"],
+    "final_layer.adaLN_modulation.1": ["norm_out.linear"],
+    "final_layer.linear": ["proj_out"],
+    # in a block of two streams
+    "img_attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
+    "img_attn.proj": ["attn.to_out.0"],
+    "img_mlp.0": ["ff.linear_in"],
+    "img_mlp.2": ["ff.linear_out"],
+    "txt_attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+    "txt_attn.proj": ["attn.to_add_out"],
+    "txt_mlp.0": ["ff_context.linear_in"],
+    "txt_mlp.2": ["ff_context.linear_out"],
+    # in a block of one stream
+    "linear1": ["attn.to_qkv_mlp_proj"],
+    "linear2": ["attn.to_out"],
+}
+OF_COMFYUI = f"""`{LORA}` names them as diffusers does. By the names of diffusers
+ComfyUI finds only layers inside the blocks; `{COMFYUI_LORA}` has the names of the code that FLUX.2
+was published with, by which it finds all. (By its code; it was not run.)"""
 
 
 class Flux2:
@@ -949,16 +986,45 @@ class Flux2:
             return self.normalised(pipe.vae, latents)
         return latents.float().mT.unflatten(2, (height, width))
 
+    def for_comfyui(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A LoRA in the names and layers of the code that FLUX.2 was published with.
+
+        ComfyUI uses these names. It has those of diffusers too, but for layers inside the blocks
+        alone. There q, k and v are one layer, and the last modulation has its halves exchanged.
+        """
+        A = {}
+        B = {}
+        for name, matrix in tensors.items():
+            layer, part = name.removeprefix("transformer.").split(".lora_")
+            (A if part == "A.weight" else B)[layer] = matrix
+        prefixes = {re.match(r"((single_)?transformer_blocks\.\d+\.)?", layer)[0] for layer in A}
+        found = {}
+        for prefix in sorted(prefixes):
+            theirs = prefix.replace("single_transformer_blocks", "single_blocks")
+            theirs = theirs.replace("transformer_blocks", "double_blocks")
+            for original, parts in ORIGINAL_LAYERS.items():
+                layers = [prefix + part for part in parts if prefix + part in A]
+                if not layers:
+                    continue
+                down = torch.cat([A.pop(layer) for layer in layers])
+                up = torch.block_diag(*[B.pop(layer) for layer in layers])
+                if original == "final_layer.adaLN_modulation.1":
+                    scale, shift = up.chunk(2)
+                    up = torch.cat([shift, scale])
+                found[f"diffusion_model.{theirs}{original}.lora_A.weight"] = down
+                found[f"diffusion_model.{theirs}{original}.lora_B.weight"] = up
+        if A:
+            raise ValueError(f"layers without an original name: {', '.join(A)}")
+        return found
+
     # What the model card says of this family. `tools`: which of them take a LoRA on these layers.
     tags = ("flux2",)
+    comfyui_file = COMFYUI_LORA
     tools: ClassVar = {
-        "blocks": """The LoRA is on the linear layers inside the transformer's blocks, under the
-names of diffusers, by which ComfyUI finds them since January 2026 (its pull request 11981; not
-tried here). The modulation, by which all blocks learn the time, is outside of them: with a LoRA
-there, too (`--layers all`), a tiny model came much nearer to its teacher.""",
-        "all": """The LoRA is on all linear layers, under the names of diffusers. By report ComfyUI
-finds only those inside the blocks (100 of 109 in the 4B model). Without the others the student is
-a worse one: look for messages that keys were not loaded, and convert their names.""",
+        "blocks": f"""The LoRA is on the linear layers inside the transformer's blocks. The
+modulation, by which all blocks learn the time, is outside of them: with a LoRA there, too
+(`--layers all`), a tiny model came much nearer to its teacher. {OF_COMFYUI}""",
+        "all": f"The LoRA is on all linear layers. {OF_COMFYUI}",
     }
     comfyui_shift = math.exp(2.02)  # of ComfyUI, where no node sets another
     unsuited = """Flux2Scheduler, whose times depend on image and steps, the schedulers normal and
@@ -2208,6 +2274,12 @@ def calibrate(settings: Settings, run: Run, validation: Validation, state: Train
     )
 
 
+def save_for_comfyui(run: Run, family: Flux2) -> None:
+    """Save the LoRA once more, under the names by which ComfyUI finds every layer."""
+    tensors = family.for_comfyui(load_file(run.lora))
+    write_tensors(run.out / family.comfyui_file, tensors, {"base_model": run.base_model})
+
+
 def no_scale(steps: list[int]) -> str:
     """Says for which numbers of steps the LoRA has no scale to recommend."""
     low, high = SCALES
@@ -2813,7 +2885,7 @@ without `lora_scale`, which would apply the scale twice.
 
 ## ComfyUI
 
-Put `{lora}` into `models/loras`.
+Put `{comfyui_file}` into `models/loras`.
 
 {comfyui}
 
@@ -2893,6 +2965,7 @@ def card(results: dict, out: Path, family: Flux | Flux2, machine: Machine) -> st
         "quantized": ", quantization_config=int8" if is_int8 else "",
         "layers": family.tools[identity["layers"]],
         "scale": scale,
+        "comfyui_file": family.comfyui_file,
         "comfyui": family.comfyui.format(scale=scale, **adapter),
         "unsuited": family.unsuited,
         "guidance_scale": 1.0 if family.true_guidance else adapter["guidance"],
@@ -3426,7 +3499,7 @@ def refuse_others(out: Path) -> None:
     Its safetensors files and costs.json say who wrote them. The other files of a run can't: they
     are taken for ours if one of those is there and ours.
     """
-    known = (out / LORA, out / STATE)
+    known = (out / LORA, out / COMFYUI_LORA, out / STATE)
     for path in known:
         read_metadata(path)  # ends if it is not ours
     others = [out / name for name in OUTPUTS if (out / name).exists()]

@@ -25,10 +25,11 @@ from diffusers import (
     Flux2Pipeline,
     Flux2Transformer2DModel,
 )
+from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from faults import before_network_calls
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_runs import calls_by_phase, copied, fd, new_lora, prepared, run, same_run, says
 from torch import Tensor
 from torch.testing import assert_close
@@ -496,6 +497,84 @@ def test_card_and_file_say_how_the_student_samples(finished):
     assert "cfg 1," in card
     assert "Network calls: 8 for each row" in card
     assert fd.read_metadata(finished.out / fd.LORA)["guidance"] == GUIDANCE
+
+
+# --------------------------------------------------------------------------- the file for ComfyUI
+
+
+def lora_of(net: torch.nn.Module) -> dict[str, Tensor]:
+    """Random matrices for all linear layers of a transformer, as diffusers saves them."""
+    tensors = {}
+    for name, layer in net.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            outputs, inputs = layer.weight.shape
+            tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(2, inputs)
+            tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(outputs, 2)
+    return dict(sorted(tensors.items()))
+
+
+def changes(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """What a LoRA adds to the weights, by their names."""
+    found = {}
+    for name, A in tensors.items():
+        if name.endswith("lora_A.weight"):
+            B = tensors[name.replace("lora_A", "lora_B")]
+            found[name.removeprefix(prefix).replace("lora_A.weight", "weight")] = B @ A
+    assert len(found) == len(tensors) / 2
+    return found
+
+
+@pytest.mark.parametrize("which", ["klein", "dev"])
+def test_the_file_for_comfyui_changes_the_published_weights_as_the_lora_does(setup, dev, which):
+    """As published weights are read into diffusers by diffusers."""
+    net = dev.net if which == "dev" else setup.model.pipe.transformer
+    tensors = lora_of(net)
+    theirs = fd.Flux2.for_comfyui(setup.model.family, tensors)
+    assert all(name.startswith("diffusion_model.") for name in theirs)
+    read = convert_flux2_transformer_checkpoint_to_diffusers(changes(theirs, "diffusion_model."))
+    ours = changes(tensors, "transformer.")
+    assert len(ours) == sum(isinstance(m, torch.nn.Linear) for m in net.modules())
+    assert read.keys() == ours.keys()
+    for name, change in ours.items():
+        assert_close(read[name], change)
+
+
+def test_a_layer_that_has_no_name_in_comfyui_is_an_error(setup):
+    tensors = {"transformer.new.lora_A.weight": torch.ones(1, 1)}
+    tensors["transformer.new.lora_B.weight"] = torch.ones(1, 1)
+    with pytest.raises(ValueError, match="without an original name: new"):
+        setup.model.family.for_comfyui(tensors)
+
+
+def test_a_run_leaves_the_file_for_comfyui_and_makes_it_again(finished, setup, tmp_path):
+    out = copied(finished.out, tmp_path / "out")
+    path = out / fd.COMFYUI_LORA
+    made = load_file(path)
+    expected = setup.model.family.for_comfyui(load_file(out / fd.LORA))
+    assert made.keys() == expected.keys()
+    assert all(torch.equal(made[name], expected[name]) for name in made)
+    assert "Put `comfyui.safetensors` into `models/loras`" in (out / "README.md").read_text()
+    path.unlink()
+    run(out, *FLAGS)
+    assert load_file(path).keys() == made.keys()
+
+
+def test_diffusers_takes_the_other_file_where_no_name_is_given(finished):
+    pipe = stock_pipeline(6.0)
+    pipe.load_lora_weights(finished.out)
+    (adapter,) = pipe.get_list_adapters()["transformer"]
+    weight = pipe.transformer.norm_out.linear.lora_B[adapter].weight
+    assert_close(
+        weight, load_file(finished.out / fd.LORA)["transformer.norm_out.linear.lora_B.weight"]
+    )
+
+
+def test_a_file_of_that_name_that_is_not_ours_is_left_alone(tmp_path):
+    path = tmp_path / fd.COMFYUI_LORA
+    save_file({"x": torch.ones(1)}, path)
+    before = path.read_bytes()
+    says("comfyui.safetensors was not written by this program", *FLAGS, "--out", tmp_path)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
