@@ -91,8 +91,20 @@ def flags_for(mark: str) -> list[str]:
 
 COUNT = at_least(1)
 SHIFT = at_least(1e-3, high=1e3)  # further out, times round to 0 or 1 in float32
-LONGEST_TEXT = 512  # tokens that Flux accepts
-PAPER_SHIFTS = (2.5, 4.5)  # that the paper trains on
+PAPER_GUIDANCE = (0.0, 8.0)  # range of guidance in the paper
+LONGEST_TEXT = 512  # tokens that the stock pipelines accept
+# FLUX.2's defaults, where they differ from those of Settings. The stock pipeline's shift grows with
+# the image and falls with the number of steps: 5.5 to 6.2 for 50 to 32 steps at 512 px, 7.6 to 8.4
+# at 1024 px. The range is as wide as FLUX.1's, relative to its middle. Texts are padded as in the
+# pipeline. The modulation, by which blocks know the time, lies outside of them.
+FLUX2_DEFAULTS = {
+    "shift": 6.0,
+    "shift_range": (4.0, 8.0),
+    "guidance": 4.0,
+    "text_tokens": LONGEST_TEXT,
+    "layers": "all",
+}
+PAPER_SHIFTS = (2.5, 4.5)  # range of time shifts in the paper
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,7 @@ class Settings:
         text="pixels, a multiple of 16")
     text_tokens: int = flag(256, weights=True, sampling=True, metavar="K",
         type=at_least(1, high=LONGEST_TEXT),
-        text=f"pad or cut texts to K tokens, at most {LONGEST_TEXT}; for FLUX.2 512 unless given")
+        text=f"pad or cut texts to K tokens, at most {LONGEST_TEXT}")
     out: Path = flag(Path("flux_out"), sampling=True, type=Path,
         text="folder for all output")
     sample: tuple[str, ...] = flag((), sampling=True, nargs="+", metavar="PROMPT",
@@ -132,13 +144,13 @@ class Settings:
     shift_range: tuple[float, float] = flag((2.0, 4.0), weights=True, type=SHIFT, nargs=2,
         metavar=("LOW", "HIGH"),
         text="range of the time shift in training; windows are matched to its middle, which should"
-        " be --shift; with --paper the paper's 2.5 4.5, for FLUX.2 4.0 8.0, unless given")
+        " be --shift; with --paper the paper's 2.5 4.5 for FLUX.1")
     shift: float = flag(3.0, sampling=True, type=SHIFT,
-        text="time shift of sampling; for FLUX.2 6.0 unless given")
+        text="time shift of sampling")
     guidance: float = flag(3.5, sampling=True, type=at_least(0.0),
-        text="guidance; for FLUX.2 4.0 unless given. A model that takes guidance as an input"
-        " (FLUX.1, FLUX.2-dev) is trained on a range and samples with this; for others"
-        " (FLUX.2-klein-base) it becomes part of the student, which then samples without any")
+        text="guidance. A model that takes guidance as an input (FLUX.1, FLUX.2-dev) is trained on"
+        " 0 to 8 and samples with this; for others (FLUX.2-klein-base) it becomes part of the"
+        " student, which then samples without any")
     teacher_steps: int = flag(32, type=at_least(2), metavar="K",
         text="steps of the teacher's reference samples")
     steps: tuple[int, ...] = flag((2, 3, 4, 6, 8), type=COUNT, nargs="+", metavar="N",
@@ -157,8 +169,7 @@ class Settings:
     rank: int = flag(64, weights=True, type=COUNT,
         text="rank of the LoRA")
     layers: str = flag("blocks", weights=True, choices=("blocks", "all"),
-        text="linear layers that get a LoRA: those inside the blocks, which every tool can load,"
-        " or all; for FLUX.2 all unless given")
+        text="linear layers that get a LoRA: those inside the blocks, or all")
     recompute_every: int = flag(1, type=at_least(0), metavar="K",
         text="recompute every K-th block in the backward pass; 1: all, least memory; 0: none,"
         " fastest")
@@ -184,7 +195,7 @@ class Settings:
         """Numbers of steps that are watched, calibrated and compared."""
         return sorted({*self.steps, self.student_steps})
 
-    def suited_to(self, family: Flux | Flux2) -> Settings:
+    def suited_to(self, family: Family) -> Settings:
         """With the defaults of this family of models, where no flag says otherwise."""
         others = {name: x for name, x in family.defaults.items() if name not in self.given}
         return replace(self, **others)
@@ -203,14 +214,19 @@ def make_parser() -> ArgumentParser:
         options = dict(setting.metadata["options"])
         if "group" in options:  # it opens a group, which the flags that follow join
             group = parser.add_argument_group(options.pop("group"))
-        default = setting.default
-        if isinstance(default, tuple):
-            default = " ".join(map(str, default))
-        if default is not None and default is not False and default != "":
-            options["help"] += f" (default: {default})"
+        if not any(setting.default is nothing for nothing in (None, False, ())):
+            words = f"default: {as_typed(setting.default)}"
+            if setting.name in FLUX2_DEFAULTS:
+                words += f"; FLUX.2: {as_typed(FLUX2_DEFAULTS[setting.name])}"
+            options["help"] += f" ({words})"
         name = "--" + setting.name.replace("_", "-")
         group.add_argument(name, default=SUPPRESS, **options)
     return parser
+
+
+def as_typed(value) -> str:
+    """A value as the command line has it."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def parse(argv: list[str] | None) -> Settings:
@@ -221,7 +237,7 @@ def parse(argv: list[str] | None) -> Settings:
         if isinstance(value, list):
             given[name] = tuple(value)
     flags = frozenset(given)
-    if "paper" in given:
+    if "paper" in given:  # not among the flags: the range of another family replaces it
         given.setdefault("shift_range", PAPER_SHIFTS)
     settings = Settings(**given, given=flags)
     complaint = wrong_combination(settings)
@@ -417,8 +433,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def distil(settings: Settings, machine: Machine) -> None:
     """A whole run, or what is left of it."""
-    run, cache = prepare(settings, machine)
-    settings = cache.settings
+    settings, run, cache = prepare(settings, machine)
     with lock_out_folder(run.out, machine):
         results = finished(run)
         if not results:
@@ -470,26 +485,35 @@ def make_lora(settings: Settings, cache: Cache, run: Run, costs: Costs) -> None:
             calibrate(settings, run, validation, state)
 
 
-def prepare(settings: Settings, machine: Machine) -> tuple[Run, Cache]:
+def prepare(settings: Settings, machine: Machine) -> tuple[Settings, Run, Cache]:
     """Find model and data; ends if --out holds the files of something else.
 
-    The settings of the cache have the defaults of the model's family.
+    The settings come back with the defaults of the model's family.
     """
     refuse_others(settings.out)
     model = Model(settings.model, machine, settings.quantize)
     settings = settings.suited_to(model.family)
-    refuse_guidance(settings, model.family)
+    refuse_untrained(settings, model.family)
     check_memory(settings, model)
     model.download()
     data = read_data(settings, model)
     run = identify(settings, model, data)
-    return run, Cache(settings, model, data)
+    return settings, run, Cache(settings, model, data)
 
 
-def refuse_guidance(settings: Settings, family: Flux | Flux2) -> None:
-    """Ends if the stock pipeline would not guide, without an error."""
-    if family.true_guidance and settings.guidance <= 1:
+def refuse_untrained(settings: Settings, family: Family) -> None:
+    """Ends if the student would sample at a guidance or a shift that its training does not have."""
+    if family.true_guidance and settings.guidance <= 1:  # the stock pipeline would ignore it
         die(f"--guidance {settings.guidance:g} must be above 1: at 1 and below there is none")
+    low, high = family.training_guidance(settings.guidance)
+    if settings.guidance > high:
+        die(f"--guidance {settings.guidance:g} is not trained: give {low:g} to {high:g}")
+    low, high = settings.shift_range
+    if not low <= settings.shift <= high:
+        die(
+            f"--shift {settings.shift:g} is not in --shift-range {low:g} {high:g}: give both, the"
+            " range with the shift in its middle"
+        )
 
 
 def finished(run: Run) -> dict | None:
@@ -575,102 +599,197 @@ def identify(settings: Settings, model: Model, data: Data) -> Run:
 # --------------------------------------------------------------------------------- the model family
 
 
-class Flux:
-    """FLUX.1-dev and its fine-tunes: what is specific to this family of models.
+OF_THE_BASE = "that-of-the-base-model"
 
-    Latents are (B, C, H, W), an eighth of the pixels high and wide. Flux takes them packed, as
-    tokens of 2 x 2 latents, which only the functions here know. Conditions are "text" (B, T, D)
-    from T5, "pooled" (B, d) from CLIP, and "guidance" (B,).
 
-    A family is made from a pipeline's model_index.json and the config of its transformer. Its
-    `velocity` is the student's, `teacher_velocity` what the student learns.
+def other_licence(name: str) -> dict[str, str]:
+    """A licence that the Hub has no identifier for."""
+    return {"license": "other", "license_name": name}
+
+
+class Family:
+    """What is specific to a family of models; a new one is a subclass, entered in FAMILIES.
+
+    A family is made from a pipeline's model_index.json and the config of its transformer. The rest
+    of the script sees latents (B, C, H, W), conditions (tensors with a row for each of B), and the
+    methods and attributes below.
     """
 
-    tiny = "tests/tiny_flux"  # a small one, to try
-    size = "34 GB"  # of its files
-    gpu = "40 GB or more"  # to train with the defaults
-    pipeline = FluxPipeline
-    transformer = FluxTransformer2DModel
-    text_encoders: ClassVar = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
-    text_side = (*text_encoders, "tokenizer", "tokenizer_2")
-    defaults: ClassVar = {}  # of flags, where they are others than those of Settings
-    patch = 2  # latents along a side of a token
-    kept = (28, 45)  # activations of a block, and of one that is recomputed; see check_memory
-    true_guidance = False  # whether a guided velocity takes two calls, one of them without the text
-    teacher_calls = 1  # network calls for a velocity of the teacher
+    names: str  # of its models
+    tiny: str  # folder of a small one, to try
+    size: str  # of its files
+    gpu: str  # to train with the defaults
+    pipeline: type[DiffusionPipeline]
+    transformer: type[torch.nn.Module]
+    text_encoders: dict[str, type[torch.nn.Module]]
+    text_side: tuple[str, ...]  # parts of the pipeline that only texts need
+    defaults: ClassVar = {}  # of flags, where they differ from those of Settings
+    patch: int  # latents along a side of a token
+    # Activations that autograd keeps of a block, and of one while it is recomputed, in multiples of
+    # a block's input; see check_memory.
+    kept: tuple[int, int]
+    # Whether the teacher needs classifier-free guidance ("true guidance"): a velocity takes two
+    # network calls, one of them without the text.
+    true_guidance = False
+    # What the model card says.
+    tags: tuple[str, ...]
+    tools: dict[str, str]  # which programs load a LoRA on these layers
+    comfyui_file = LORA
+    comfyui_shift: float  # of ComfyUI, where no node sets another
+    unsuited: str  # nodes of ComfyUI
 
     def __init__(self, index: dict, config: dict):
         self.config = config  # of the transformer
 
+    @property
+    def teacher_calls(self) -> int:
+        """Network calls for a velocity of the teacher."""
+        return 2 if self.true_guidance else 1
+
     def refusal(self) -> str | None:
-        """Why this model can't be distilled."""
-        if not self.config.get("guidance_embeds"):
-            return "takes no guidance: models like FLUX.1-schnell sample in 4 steps already"
-        return None
+        """Why this model can't be distilled; None if it can."""
+        raise NotImplementedError
 
-    @staticmethod
-    def training_guidance(guidance: float) -> tuple[float, float]:
-        """The range that training draws from."""
-        return 0.0, 8.0
+    def training_guidance(self, guidance: float) -> tuple[float, float]:
+        """The range of guidance that training draws from."""
+        return (guidance, guidance) if self.true_guidance else PAPER_GUIDANCE
 
-    @staticmethod
-    def pool_guidance(guidance: float) -> float:
-        """That of images which the teacher makes for training."""
-        return 3.5
+    def pool_guidance(self, guidance: float) -> float:
+        """Guidance of the teacher's images for training."""
+        return guidance if self.true_guidance else self.defaults.get("guidance", Settings.guidance)
 
     def latent_shape(self, vae: dict, resolution: int) -> tuple[int, int, int]:
         """(C, H, W) of a square image, from the config of the VAE."""
-        size = resolution // 2 ** (len(vae["block_out_channels"]) - 1)
-        return self.config["in_channels"] // 4, size, size
+        raise NotImplementedError
 
-    @staticmethod
-    def activations(net: FluxTransformer2DModel, latent_shape: tuple, text_tokens: int) -> int:
-        """Numbers in the input of a block, for one row."""
-        _, height, width = latent_shape
-        return (height * width // 4 + text_tokens) * net.inner_dim
+    def prepare(self, net: torch.nn.Module) -> None:
+        """Speed the network up without changing what it computes."""
 
-    @staticmethod
-    def prepare(net: FluxTransformer2DModel) -> None:
-        """What speeds the network up without changing what it computes."""
-        net.pos_embed = RotaryCache(net.pos_embed)
+    def encode_text(self, pipe: DiffusionPipeline, text: str, length: int) -> dict[str, Tensor]:
+        """Conditions of one text, without the first dimension."""
+        raise NotImplementedError
 
-    @staticmethod
+    def count_tokens(self, pipe: DiffusionPipeline, texts: list[str]) -> list[int]:
+        """Tokens of each text with what the pipeline puts around it."""
+        raise NotImplementedError
+
+    def longest_text(self, pipe: DiffusionPipeline) -> int:
+        """The most tokens that the text encoder takes."""
+        raise NotImplementedError
+
+    def normalised(self, vae: torch.nn.Module, x: Tensor) -> Tensor:
+        """The network's latents (B, C, H, W) from the VAE's."""
+        raise NotImplementedError
+
+    def denormalised(self, vae: torch.nn.Module, x: Tensor) -> Tensor:
+        """The VAE's latents from the network's (B, C, H, W)."""
+        raise NotImplementedError
+
     @torch.no_grad()
-    def encode_text(pipe: FluxPipeline, text: str, length: int) -> dict[str, Tensor]:
-        embeddings, pooled, _ = pipe.encode_prompt(text, text, max_sequence_length=length)
-        return {"text": embeddings[0], "pooled": pooled[0]}
-
-    @staticmethod
-    def count_tokens(pipe: FluxPipeline, texts: list[str]) -> list[int]:
-        return [len(ids) for ids in pipe.tokenizer_2(texts, truncation=False).input_ids]
-
-    @staticmethod
-    def longest_text(pipe: FluxPipeline) -> int:
-        """Tokens that the text encoder takes at most."""
-        return pipe.tokenizer_2.model_max_length
-
-    @staticmethod
-    @torch.no_grad()
-    def encode_image(pipe: FluxPipeline, pixels: Tensor) -> Tensor:
-        """Latents (B, C, H, W), normalised, of pixels (B, 3, h, w) in [-1, 1]."""
+    def encode_image(self, pipe: DiffusionPipeline, pixels: Tensor) -> Tensor:
+        """Latents (B, C, H, W) of pixels (B, 3, h, w) in [-1, 1]."""
         vae = pipe.vae
-        x = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
-        return (x - vae.config.shift_factor) * vae.config.scaling_factor
+        x = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+        return self.normalised(vae, x.float())
 
-    @staticmethod
     @torch.no_grad()
-    def decode(pipe: FluxPipeline, latents: Tensor) -> Tensor:
+    def decode(self, pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
         """Images (B, h, w, 3) in [0, 1], on the CPU; one at a time through the VAE."""
         vae = pipe.vae
         images = []
         for x in latents.split(1):
-            x = x / vae.config.scaling_factor + vae.config.shift_factor
-            pixels = vae.decode(x.to(vae.dtype)).sample.float().cpu()
+            pixels = vae.decode(self.denormalised(vae, x).to(vae.dtype)).sample.float().cpu()
             images.append(VaeImageProcessor.denormalize(pixels))
         return torch.cat(images).permute(0, 2, 3, 1)
 
-    @staticmethod
     def velocity(
+        self,
+        net: torch.nn.Module,
+        x: Tensor,
+        t: Tensor,
+        dtype: torch.dtype | None = None,
+        **cond: Tensor,
+    ) -> Tensor:
+        """The student's velocity (B, C, H, W) in float32, by one network call.
+
+        The network is fed in `dtype`, by default its own.
+        """
+        raise NotImplementedError
+
+    def teacher_velocity(
+        self,
+        net: torch.nn.Module,
+        x: Tensor,
+        t: Tensor,
+        dtype: torch.dtype | None = None,
+        **cond: Tensor,
+    ) -> Tensor:
+        """The velocity that the student learns. Without true guidance it is the same call."""
+        return self.velocity(net, x, t, dtype, **cond)
+
+    def sample(
+        self, pipe: DiffusionPipeline, steps: int, guided: bool, noise: Tensor, **cond: Tensor
+    ) -> Tensor:
+        """Latents (B, C, H, W) in float32 that the stock pipeline makes of noise.
+
+        guided: as the teacher does; it matters only with true guidance.
+        """
+        raise NotImplementedError
+
+    def licence(self, base_model: str) -> dict[str, str]:
+        """The licence, as the Hub's YAML has it."""
+        raise NotImplementedError
+
+
+class Flux(Family):
+    """FLUX.1-dev and its fine-tunes.
+
+    Latents are an eighth of the pixels high and wide. The network takes them packed, as tokens of
+    2 x 2. Conditions are "text" (B, T, D) from T5, "pooled" (B, d) from CLIP, and "guidance" (B,).
+    """
+
+    names = "FLUX.1-dev"
+    tiny = "tests/tiny_flux"
+    size = "34 GB"
+    gpu = "40 GB or more"
+    pipeline = FluxPipeline
+    transformer = FluxTransformer2DModel
+    text_encoders: ClassVar = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
+    text_side = (*text_encoders, "tokenizer", "tokenizer_2")
+    patch = 2
+    kept = (28, 45)
+
+    def refusal(self) -> str | None:
+        if not self.config.get("guidance_embeds"):
+            return "takes no guidance: models like FLUX.1-schnell sample in 4 steps already"
+        return None
+
+    def latent_shape(self, vae: dict, resolution: int) -> tuple[int, int, int]:
+        size = resolution // 2 ** (len(vae["block_out_channels"]) - 1)
+        return self.config["in_channels"] // 4, size, size
+
+    def prepare(self, net: FluxTransformer2DModel) -> None:
+        net.pos_embed = RotaryCache(net.pos_embed)
+
+    @torch.no_grad()
+    def encode_text(self, pipe: FluxPipeline, text: str, length: int) -> dict[str, Tensor]:
+        embeddings, pooled, _ = pipe.encode_prompt(text, text, max_sequence_length=length)
+        return {"text": embeddings[0], "pooled": pooled[0]}
+
+    def count_tokens(self, pipe: FluxPipeline, texts: list[str]) -> list[int]:
+        return [len(ids) for ids in pipe.tokenizer_2(texts, truncation=False).input_ids]
+
+    def longest_text(self, pipe: FluxPipeline) -> int:
+        return min(pipe.tokenizer_2.model_max_length, LONGEST_TEXT)
+
+    def normalised(self, vae: torch.nn.Module, x: Tensor) -> Tensor:
+        return (x - vae.config.shift_factor) * vae.config.scaling_factor
+
+    def denormalised(self, vae: torch.nn.Module, x: Tensor) -> Tensor:
+        return x / vae.config.scaling_factor + vae.config.shift_factor
+
+    def velocity(
+        self,
         net: FluxTransformer2DModel,
         x: Tensor,
         t: Tensor,
@@ -680,16 +799,13 @@ class Flux:
         pooled: Tensor,
         guidance: Tensor,
     ) -> Tensor:
-        """Velocity (B, C, H, W) in float32; the network is fed in `dtype`, by default its own."""
         dtype = dtype or net.dtype
         height, width = x.shape[2] // 2, x.shape[3] // 2
-        if net.dtype != torch.float32:
-            t = (1000 * t).to(net.dtype) / 1000  # rounded as the stock pipeline rounds
         if isinstance(net.pos_embed, RotaryCache):
             net.pos_embed.key = (height, width, text.shape[1])
         v = net(
             hidden_states=pack(x).to(dtype),
-            timestep=t,
+            timestep=rounded(t, net.dtype),
             guidance=guidance,
             encoder_hidden_states=text.to(dtype),
             pooled_projections=pooled.to(dtype),
@@ -698,16 +814,9 @@ class Flux:
         ).sample
         return unpack(v.float(), height, width)
 
-    teacher_velocity = velocity
-
-    @staticmethod
     def sample(
-        pipe: FluxPipeline, steps: int, guided: bool, noise: Tensor, **cond: Tensor
+        self, pipe: FluxPipeline, steps: int, guided: bool, noise: Tensor, **cond: Tensor
     ) -> Tensor:
-        """Latents (B, C, H, W) in float32 that the stock pipeline makes of noise.
-
-        guided: as the teacher does. It makes a difference only with true guidance.
-        """
         height, width = noise.shape[2] // 2, noise.shape[3] // 2
         latents = pipe(
             prompt_embeds=cond["text"],
@@ -721,9 +830,7 @@ class Flux:
         ).images
         return unpack(latents.float(), height, width)
 
-    # What the model card says of this family. `tools`: which of them take a LoRA on these layers.
     tags = ("flux",)
-    comfyui_file = LORA
     tools: ClassVar = {
         "blocks": """The LoRA is on the linear layers inside the transformer's blocks. The code by
 which ComfyUI, InvokeAI, mflux, DiffSynth and sd-scripts map the keys of a LoRA was run on such a
@@ -736,21 +843,42 @@ blocks (`x_embedder`, `context_embedder`, six of `time_text_embed`, `norm_out`, 
 cost 95 % of the gain when it was tried on a tiny Flux. `--layers blocks` makes a file without
 them.""",
     }
-    comfyui = """| node | values |
-| --- | --- |
-| Load LoRA (`LoraLoaderModelOnly`: model only, not the Bypass variant) | strength {scale} |
-| ModelSamplingAuraFlow | shift {shift:g} |
-| FluxGuidance | guidance {guidance:g} |
-| KSampler | steps {student_steps}, cfg 1, sampler euler, scheduler simple, denoise 1 |"""
-    comfyui_shift = math.exp(1.15)  # of ComfyUI, where no node sets another
+    comfyui_shift = math.exp(1.15)
     unsuited = """ModelSamplingSD3, ModelSamplingFlux with its defaults below 1024 px, the
 schedulers normal and beta, ancestral and lcm samplers"""
 
-    @staticmethod
-    def licence(base_model: str) -> dict[str, str]:
-        """The licence, as the Hub's YAML has it."""
+    def licence(self, base_model: str) -> dict[str, str]:
         known = "flux.1-dev" in base_model.lower()
         return other_licence("flux-1-dev-non-commercial-license" if known else OF_THE_BASE)
+
+
+def pack(x: Tensor) -> Tensor:
+    """FLUX.1's latents (B, C, H, W) as tokens (B, H W / 4, 4 C) of 2 x 2 latents."""
+    return torch.nn.functional.pixel_unshuffle(x, 2).flatten(2).mT
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Tokens (B, height width, 4 C) as FLUX.1's latents (B, C, 2 height, 2 width)."""
+    x = tokens.mT.unflatten(2, (height, width))
+    return torch.nn.functional.pixel_shuffle(x, 2)
+
+
+class RotaryCache(torch.nn.Module):
+    """The rotary embedding of positions, computed once for each `key` that a caller sets."""
+
+    def __init__(self, base: torch.nn.Module):
+        super().__init__()
+        self.base = base
+        self.key = None  # what tells the next call's positions apart; None: compute
+        self.known = {}
+
+    def forward(self, ids: Tensor):
+        key, self.key = self.key, None
+        if key is None:
+            return self.base(ids)
+        if key not in self.known:
+            self.known[key] = self.base(ids)
+        return self.known[key]
 
 
 ORIGINAL_LAYERS = {  # of the code that FLUX.2 was published with: layers of diffusers
@@ -783,41 +911,31 @@ ComfyUI finds only layers inside the blocks; `{COMFYUI_LORA}` has the names of t
 was published with, by which it finds all. (By its code; it was not run.)"""
 
 
-class Flux2:
-    """FLUX.2: klein-base, whose teacher needs true guidance, and dev, which takes guidance.
+class Flux2(Family):
+    """FLUX.2: klein-base, whose teacher needs true guidance, and dev, which takes guidance as an
+    input.
 
-    Latents are (B, C, H, W) as the network takes them: patches of 2 x 2 of the VAE's, normalised by
-    its batch norm, a sixteenth of the pixels high and wide. Conditions are "text" (B, T, D),
-    "guidance" (B,) and, for true guidance, "empty" (B, T, D), the embedding of no text.
+    Latents are a sixteenth of the pixels high and wide: 2 x 2 patches of the VAE's, normalised by
+    its batch norm. Conditions are "text" (B, T, D), "guidance" (B,) and, with true guidance,
+    "empty" (B, T, D), the embedding of no text.
     """
 
-    tiny = "tests/tiny_klein"  # a small one, to try
+    names = "FLUX.2-klein-base and FLUX.2-dev"
+    tiny = "tests/tiny_klein"
     transformer = Flux2Transformer2DModel
     text_side = ("text_encoder", "tokenizer")
-    patch = 1  # latents along a side of a token
-    kept = (33, 53)  # FLUX.1's, times the ratio of what autograd saves of a block
-    # The stock pipeline's shift grows with the image and falls with the number of steps: 5.5 to 6.2
-    # for 50 to 32 steps at 512 px, 7.6 to 8.4 at 1024 px. 4 to 8 is as wide as FLUX.1's range,
-    # relative to its middle. Texts are padded to 512 tokens, as in the pipeline. A LoRA on all
-    # layers: the modulation, by which blocks know the time, is shared by all and lies outside.
-    defaults: ClassVar = {
-        "shift": 6.0,
-        "shift_range": (4.0, 8.0),
-        "guidance": 4.0,
-        "text_tokens": LONGEST_TEXT,
-        "layers": "all",
-    }
+    defaults = FLUX2_DEFAULTS
+    patch = 1
+    kept = (33, 53)  # FLUX.1's, scaled by how much more autograd keeps of a block
 
     def __init__(self, index: dict, config: dict):
-        self.config = config  # of the transformer
-        self.true_guidance = not config.get("guidance_embeds", True)  # as diffusers reads it
-        self.teacher_calls = 2 if self.true_guidance else 1  # for a velocity of the teacher
+        super().__init__(index, config)
         self.is_distilled = bool(index.get("is_distilled"))
-        self.is_klein = index["_class_name"] == "Flux2KleinPipeline"
-        if self.is_klein:
+        self.true_guidance = index["_class_name"] == "Flux2KleinPipeline"
+        if self.true_guidance:
             self.pipeline = Flux2KleinPipeline
             self.text_encoders = {"text_encoder": Qwen3ForCausalLM}
-            self.size = "16 GB (4B) or 35 GB (9B)"  # of its files
+            self.size = "16 GB (4B) or 35 GB (9B)"
             self.gpu = "24 GB or more (9B: 40 GB)"
         else:
             self.pipeline = Flux2Pipeline
@@ -826,91 +944,48 @@ class Flux2:
             self.gpu = "96 GB or more"
 
     def refusal(self) -> str | None:
-        """Why this model can't be distilled."""
         if self.is_distilled:
             return "is distilled: it samples in 4 steps already"
-        if self.is_klein != self.true_guidance:  # the pipeline would ignore a guidance in silence
+        takes_guidance = self.config.get("guidance_embeds", True)  # by default, as in diffusers
+        if takes_guidance == self.true_guidance:  # diffusers would silently ignore the guidance
             return "has a transformer that does not belong to its pipeline"
         return None
 
-    def training_guidance(self, guidance: float) -> tuple[float, float]:
-        """The range that training draws from."""
-        return (guidance, guidance) if self.true_guidance else (0.0, 8.0)
-
-    def pool_guidance(self, guidance: float) -> float:
-        """That of images which the teacher makes for training."""
-        return guidance if self.true_guidance else 4.0
-
     def latent_shape(self, vae: dict, resolution: int) -> tuple[int, int, int]:
-        """(C, H, W) of a square image, from the config of the VAE."""
         size = resolution // 2 ** len(vae["block_out_channels"])
         return self.config["in_channels"], size, size
 
-    @staticmethod
-    def activations(net: Flux2Transformer2DModel, latent_shape: tuple, text_tokens: int) -> int:
-        """Numbers in the input of a block, for one row."""
-        _, height, width = latent_shape
-        return (height * width + text_tokens) * net.inner_dim
-
-    @staticmethod
-    def prepare(net: Flux2Transformer2DModel) -> None:
-        """What speeds the network up without changing what it computes: nothing so far."""
-
-    @staticmethod
     @torch.no_grad()
-    def encode_text(pipe: DiffusionPipeline, text: str, length: int) -> dict[str, Tensor]:
+    def encode_text(self, pipe: DiffusionPipeline, text: str, length: int) -> dict[str, Tensor]:
         embeddings, _ = pipe.encode_prompt(text, max_sequence_length=length)
         return {"text": embeddings[0]}
 
-    @staticmethod
-    def count_tokens(pipe: DiffusionPipeline, texts: list[str]) -> list[int]:
-        """Tokens of each text with what the pipeline puts around it."""
-        if isinstance(pipe, Flux2Pipeline):  # its tokenizer is a processor of text and images
-            how = {"tokenize": True, "return_dict": True, "add_generation_prompt": False}
-            messages = [format_input([text], pipe.system_message) for text in texts]
-            whole = [pipe.tokenizer.apply_chat_template(message, **how) for message in messages]
-            return [len(encoded["input_ids"][0]) for encoded in whole]
-        messages = [[{"role": "user", "content": text}] for text in texts]
-        how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-        whole = [pipe.tokenizer.apply_chat_template(message, **how) for message in messages]
-        return [len(ids) for ids in pipe.tokenizer(whole, truncation=False).input_ids]
+    def count_tokens(self, pipe: DiffusionPipeline, texts: list[str]) -> list[int]:
+        if self.true_guidance:
+            options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+            messages = [[{"role": "user", "content": text}] for text in texts]
+            whole = [pipe.tokenizer.apply_chat_template(message, **options) for message in messages]
+            return [len(ids) for ids in pipe.tokenizer(whole, truncation=False).input_ids]
+        # The tokenizer of dev is a processor of text and images.
+        options = {"tokenize": True, "return_dict": True, "add_generation_prompt": False}
+        messages = [format_input([text], pipe.system_message) for text in texts]
+        whole = [pipe.tokenizer.apply_chat_template(message, **options) for message in messages]
+        return [len(encoded["input_ids"][0]) for encoded in whole]
 
-    @staticmethod
-    def longest_text(pipe: DiffusionPipeline) -> int:
-        """Tokens that the text encoder takes at most."""
+    def longest_text(self, pipe: DiffusionPipeline) -> int:
         tokenizer = getattr(pipe.tokenizer, "tokenizer", pipe.tokenizer)  # dev has a processor
         return min(tokenizer.model_max_length, pipe.tokenizer_max_length)
 
-    @classmethod
-    @torch.no_grad()
-    def encode_image(cls, pipe: DiffusionPipeline, pixels: Tensor) -> Tensor:
-        """Latents (B, C, H, W), normalised, of pixels (B, 3, h, w) in [-1, 1]."""
-        vae = pipe.vae
-        x = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
-        return cls.normalised(vae, x)
-
-    @staticmethod
-    def normalised(vae: torch.nn.Module, x: Tensor) -> Tensor:
-        """Latents (B, C, H, W) of the VAE's own (B, C / 4, 2 H, 2 W)."""
-        patches = torch.nn.functional.pixel_unshuffle(x.float(), 2)
+    def normalised(self, vae: torch.nn.Module, x: Tensor) -> Tensor:
         mean, deviation = batch_norm_of(vae)
-        return (patches - mean) / deviation
+        return (torch.nn.functional.pixel_unshuffle(x, 2) - mean) / deviation
 
-    @staticmethod
-    @torch.no_grad()
-    def decode(pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
-        """Images (B, h, w, 3) in [0, 1], on the CPU; one at a time through the VAE."""
-        vae = pipe.vae
+    def denormalised(self, vae: torch.nn.Module, x: Tensor) -> Tensor:
         mean, deviation = batch_norm_of(vae)
-        images = []
-        for x in latents.split(1):
-            x = torch.nn.functional.pixel_shuffle(x * deviation + mean, 2)
-            pixels = vae.decode(x.to(vae.dtype)).sample.float().cpu()
-            images.append(VaeImageProcessor.denormalize(pixels))
-        return torch.cat(images).permute(0, 2, 3, 1)
+        return torch.nn.functional.pixel_shuffle(x * deviation + mean, 2)
 
-    @staticmethod
     def velocity(
+        self,
         net: Flux2Transformer2DModel,
         x: Tensor,
         t: Tensor,
@@ -920,17 +995,12 @@ class Flux2:
         guidance: Tensor,
         empty: Tensor | None = None,
     ) -> Tensor:
-        """The student's velocity (B, C, H, W) in float32; the network is fed in `dtype`.
-
-        One plain call: it leaves `empty` aside, and `guidance` if the network takes none.
-        """
+        # `empty` is for the teacher alone.
         dtype = dtype or net.dtype
-        if net.dtype != torch.float32:
-            t = (1000 * t).to(net.dtype) / 1000  # rounded as the stock pipeline rounds
         v = net(
             hidden_states=x.flatten(2).mT.to(dtype),
-            timestep=t,
-            guidance=guidance if net.config.guidance_embeds else None,
+            timestep=rounded(t, net.dtype),
+            guidance=None if self.true_guidance else guidance,
             encoder_hidden_states=text.to(dtype),
             img_ids=Flux2Pipeline._prepare_latent_ids(x[:1]).to(x.device),
             txt_ids=Flux2Pipeline._prepare_text_ids(text[:1]).to(x.device),
@@ -948,43 +1018,37 @@ class Flux2:
         guidance: Tensor,
         empty: Tensor | None = None,
     ) -> Tensor:
-        """The velocity that the student learns; true guidance takes one call with 2 B rows."""
         if not self.true_guidance:
             return self.velocity(net, x, t, dtype, text=text, guidance=guidance)
+        # With and without text in one pass of 2 B rows, which counts as two network calls.
+        twice = x.repeat(2, 1, 1, 1), t.repeat(2)
         texts = torch.cat([text, empty])
-        both = self.velocity(
-            net, x.repeat(2, 1, 1, 1), t.repeat(2), dtype, text=texts, guidance=guidance.repeat(2)
-        )
+        both = self.velocity(net, *twice, dtype, text=texts, guidance=guidance.repeat(2))
         with_text, without = both.chunk(2)
         return without + guidance[:, None, None, None] * (with_text - without)
 
     def sample(
         self, pipe: DiffusionPipeline, steps: int, guided: bool, noise: Tensor, **cond: Tensor
     ) -> Tensor:
-        """Latents (B, C, H, W) in float32 that the stock pipeline makes of noise.
-
-        guided: as the teacher does, for true guidance.
-        """
         height, width = noise.shape[2:]
-        guidance = cond["guidance"][0].item()
-        if self.is_klein:
-            how = {"guidance_scale": guidance if guided else 1.0}
-            how["negative_prompt_embeds"] = cond.get("empty")
-        else:
-            how = {"guidance_scale": guidance}
-        pixels = 2 * pipe.vae_scale_factor
+        side = 2 * pipe.vae_scale_factor  # of a token, in pixels
+        options = {"guidance_scale": cond["guidance"][0].item()}
+        if self.true_guidance:
+            options["negative_prompt_embeds"] = cond.get("empty")
+            if not guided:
+                options["guidance_scale"] = 1.0  # which the pipeline takes for none
         latents = pipe(
             prompt_embeds=cond["text"],
-            height=height * pixels,
-            width=width * pixels,
+            height=height * side,
+            width=width * side,
             num_inference_steps=steps,
             latents=noise,
             output_type="latent",
-            **how,
-        ).images
-        if self.is_klein:  # the VAE's own; dev: tokens
+            **options,
+        ).images.float()
+        if self.true_guidance:  # klein returns the VAE's latents, dev tokens
             return self.normalised(pipe.vae, latents)
-        return latents.float().mT.unflatten(2, (height, width))
+        return latents.mT.unflatten(2, (height, width))
 
     def for_comfyui(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """A LoRA in the names and layers of the code that FLUX.2 was published with.
@@ -1017,32 +1081,19 @@ class Flux2:
             raise ValueError(f"layers without an original name: {', '.join(A)}")
         return found
 
-    # What the model card says of this family. `tools`: which of them take a LoRA on these layers.
     tags = ("flux2",)
-    comfyui_file = COMFYUI_LORA
     tools: ClassVar = {
         "blocks": f"""The LoRA is on the linear layers inside the transformer's blocks. The
-modulation, by which all blocks learn the time, is outside of them: with a LoRA there, too
+modulation, by which all blocks learn the time, is outside of them: with a LoRA there too
 (`--layers all`), a tiny model came much nearer to its teacher. {OF_COMFYUI}""",
         "all": f"The LoRA is on all linear layers. {OF_COMFYUI}",
     }
-    comfyui_shift = math.exp(2.02)  # of ComfyUI, where no node sets another
+    comfyui_file = COMFYUI_LORA
+    comfyui_shift = math.exp(2.02)
     unsuited = """Flux2Scheduler, whose times depend on image and steps, the schedulers normal and
 beta, ancestral and lcm samplers"""
 
-    @property
-    def comfyui(self) -> str:
-        guidance = "" if self.true_guidance else "| FluxGuidance | guidance {guidance:g} |\n"
-        return f"""| node | values |
-| --- | --- |
-| Load LoRA (`LoraLoaderModelOnly`: model only, not the Bypass variant) | strength {{scale}} |
-| ModelSamplingAuraFlow | shift {{shift:g}} |
-{guidance}\
-| KSampler | steps {{student_steps}}, cfg 1, sampler euler, scheduler simple, denoise 1 |"""
-
-    @staticmethod
-    def licence(base_model: str) -> dict[str, str]:
-        """The licence, as the Hub's YAML has it."""
+    def licence(self, base_model: str) -> dict[str, str]:
         name = base_model.lower()
         if name == "black-forest-labs/flux.2-klein-base-4b":
             return {"license": "apache-2.0"}
@@ -1056,61 +1107,29 @@ def batch_norm_of(vae: torch.nn.Module) -> tuple[Tensor, Tensor]:
     return vae.bn.running_mean.float()[:, None, None], variance.sqrt()[:, None, None]
 
 
-OF_THE_BASE = "that-of-the-base-model"
-
-
-def other_licence(name: str) -> dict[str, str]:
-    """A licence that the Hub has no identifier for."""
-    return {"license": "other", "license_name": name}
-
-
-class RotaryCache(torch.nn.Module):
-    """The rotary embedding of positions, computed once for each `key` that a caller sets."""
-
-    def __init__(self, base: torch.nn.Module):
-        super().__init__()
-        self.base = base
-        self.key = None  # what tells the next call's positions apart; None: compute
-        self.known = {}
-
-    def forward(self, ids: Tensor):
-        key, self.key = self.key, None
-        if key is None:
-            return self.base(ids)
-        if key not in self.known:
-            self.known[key] = self.base(ids)
-        return self.known[key]
-
-
-def pack(x: Tensor) -> Tensor:
-    """Latents (B, C, H, W) as tokens (B, H W / 4, 4 C) of 2 x 2 latents."""
-    return torch.nn.functional.pixel_unshuffle(x, 2).flatten(2).mT
-
-
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Tokens (B, height width, 4 C) as latents (B, C, 2 height, 2 width)."""
-    x = tokens.mT.unflatten(2, (height, width))
-    return torch.nn.functional.pixel_shuffle(x, 2)
-
-
-def blocks_of(net: torch.nn.Module) -> list[torch.nn.Module]:
-    """The transformer's blocks, in their order."""
-    return [*net.transformer_blocks, *net.single_transformer_blocks]
-
-
-def linear_layers(net: torch.nn.Module, layers: str) -> list[str]:
-    """Names of the transformer's linear layers: those inside its blocks ("blocks"), or "all"."""
-    names = [name for name, m in net.named_modules() if isinstance(m, torch.nn.Linear)]
-    if layers == "all":
-        return names
-    return [name for name in names if "transformer_blocks." in name]
-
-
 FAMILIES = {  # by _class_name in model_index.json
     "FluxPipeline": Flux,
     "Flux2KleinPipeline": Flux2,
     "Flux2Pipeline": Flux2,
 }
+
+
+def rounded(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Times as the stock pipelines feed them to a network of this type."""
+    return t if dtype == torch.float32 else (1000 * t).to(dtype) / 1000
+
+
+def blocks_of(net: torch.nn.Module) -> list[torch.nn.Module]:
+    """The transformer's blocks, in their order."""
+    return [block for block in net.modules() if type(block).__name__ in net._repeated_blocks]
+
+
+def linear_layers(net: torch.nn.Module, layers: str) -> list[str]:
+    """Names of the transformer's linear layers: those inside its blocks ("blocks"), or "all"."""
+    inside = {id(layer) for block in blocks_of(net) for layer in block.modules()}
+    linear = [(name, m) for name, m in net.named_modules() if isinstance(m, torch.nn.Linear)]
+    return [name for name, layer in linear if layers == "all" or id(layer) in inside]
+
 
 # --------------------------------------------------------------------------- the teacher's pipeline
 
@@ -1141,11 +1160,8 @@ class Model:
         except Exception as error:
             die(f"--model {name} {refusal_of(error).format(name)}")
         if class_name not in FAMILIES:
-            die(
-                f"--model {name} is a {class_name}: this distils FLUX.1-dev (FluxPipeline),"
-                " FLUX.2-klein-base (Flux2KleinPipeline), FLUX.2-dev (Flux2Pipeline) and their"
-                " fine-tunes"
-            )
+            known = ", ".join(dict.fromkeys(family.names for family in FAMILIES.values()))
+            die(f"--model {name} is a {class_name}: this distils {known}, and their fine-tunes")
         self.family = FAMILIES[class_name](index, config)
         self.parts = sorted(name for name, value in index.items() if isinstance(value, list))
         refusal = self.family.refusal()
@@ -1457,17 +1473,17 @@ def encode_texts(settings: Settings, model: Model, texts: list[str]) -> list[dic
 
 def text_length(settings: Settings, model: Model) -> int:
     """Tokens that a text is padded or cut to."""
-    most = model.family.longest_text(model.load("text"))
+    pipe = model.load("text")
+    most = model.family.longest_text(pipe)
     if "text_tokens" in settings.given and settings.text_tokens > most:
         die(
             f"--text-tokens {settings.text_tokens} is more than the {most} of the tokenizer of"
             f" --model {model.name}: give at most {most}"
         )
     length = min(settings.text_tokens, most)
-    if model.family.true_guidance:
-        (around,) = model.family.count_tokens(model.load("text"), [""])
-        if length <= around:  # all texts would be the empty one
-            die(f"--text-tokens {length} leaves no room for a text: give more than {around}")
+    (template,) = model.family.count_tokens(pipe, [""])
+    if length <= template:  # a text would be cut to nothing, or to a part of what is around it
+        die(f"--text-tokens {length} leaves no room for a text: give more than {template}")
     return length
 
 
@@ -1480,7 +1496,7 @@ def name_cut_texts(settings: Settings, model: Model, texts: list[str]) -> None:
     if not cut:
         return
     advice = "shorten them"
-    most = min(model.family.longest_text(pipe), LONGEST_TEXT)
+    most = model.family.longest_text(pipe)
     if length < most:
         advice += f", or give --text-tokens up to {most}"
     title = f"cut {len(cut)} of {counted(texts, 'text')} to {length} tokens; {advice}:"
@@ -1519,11 +1535,11 @@ class LoRALinear(torch.nn.Module):
 class LoRA:
     """A LoRA on a frozen transformer; its weights can be swapped.
 
-    A set is one float32 vector (P,): A of every layer, then B of every layer. Loading it is one
-    copy, next to nothing compared with a network call. None stands for the teacher.
+    A set of weights is one float32 vector (P,): A of every layer, then B of every layer. Loading it
+    is one copy, next to nothing compared with a network call. None stands for the teacher.
     """
 
-    def __init__(self, family: Flux | Flux2, net: torch.nn.Module, settings: Settings):
+    def __init__(self, family: Family, net: torch.nn.Module, settings: Settings):
         self.family = family
         self.net = net
         self.batch = settings.batch
@@ -1606,6 +1622,15 @@ class LoRA:
         def call(x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
             self.use(weights, scale)
             return network(self.net, x, t, dtype, **cond)
+
+        return partial(in_batches, self.batch, call)
+
+    def base_velocity(self) -> sc.Velocity:
+        """The frozen network's velocity in one call, as the student has it at scale 0."""
+
+        def call(x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+            self.use(None)
+            return self.family.velocity(self.net, x, t, **cond)
 
         return partial(in_batches, self.batch, call)
 
@@ -1703,8 +1728,8 @@ class Method(NamedTuple):
     windows: Callable[..., sc.Windows]  # of (batch, U=, generator=)
     velocities: Callable[..., tuple[sc.Velocity, sc.Velocity]]  # of (windows, teacher, **emas)
     ema_warmup: bool
-    teacher_calls: float  # velocities of a row that the teacher gives, on average
-    ema_calls: float
+    teacher_velocities: float  # in the target of a row, on average
+    ema_velocities: float
 
 
 def method_of(settings: Settings) -> Method:
@@ -1728,7 +1753,7 @@ def method_with(config: sc.ShortcutConfig | sc.MatchedConfig, ema_warmup: bool =
     return Method({"slow": config.slow_decay}, windows, sc.matched, ema_warmup, 2, 1)
 
 
-def network_calls(settings: Settings, family: Flux | Flux2) -> dict[str, float]:
+def network_calls(settings: Settings, family: Family) -> dict[str, float]:
     """Calls for a row of an iteration, and for an image by the teacher and by the student.
 
     A guided velocity of the teacher is two calls with true guidance. The student has three in an
@@ -1736,7 +1761,7 @@ def network_calls(settings: Settings, family: Flux | Flux2) -> dict[str, float]:
     """
     method = method_of(settings)
     return {
-        "iteration": method.teacher_calls * family.teacher_calls + method.ema_calls + 3,
+        "iteration": (method.teacher_velocities * family.teacher_calls + method.ema_velocities + 3),
         "teacher": settings.teacher_steps * family.teacher_calls,
         "student": settings.student_steps,
     }
@@ -1945,9 +1970,8 @@ def watch(
                     bar.set_description("validate")  # the first takes minutes, later ones seconds
                     is_hopeless = validate(settings, run, validation, state, bar)
                     bar.set_description("train")
-            if machine.any(
-                is_hopeless
-            ):  # the same command would repeat this validation and stop again
+            # The same command would repeat this validation and stop again.
+            if machine.any(is_hopeless):
                 words = f"diverged student; {LOWER_RATE}"
                 if machine.lead:
                     words = verdict(settings, state.rows[-1])
@@ -2061,8 +2085,8 @@ class Validation:
         self.coarse.sum().item()  # waits for a GPU
         family = cache.model.family
         self.network_calls = network_calls(settings, family)
-        self.of_teacher = family.teacher_calls
-        calls = self.of_teacher * (settings.teacher_steps + settings.student_steps)
+        self.teacher_calls = family.teacher_calls
+        calls = self.teacher_calls * (settings.teacher_steps + settings.student_steps)
         self.seconds = (time.perf_counter() - began) / calls  # of one network call on all rows
 
     def times(self, steps: int) -> Tensor:
@@ -2095,7 +2119,7 @@ class Validation:
         path = sc.teacher_path(teacher, self.noise, self.times(steps), **self.cond)
         if not self.cache.model.family.true_guidance:
             return path
-        plain = self.lora.velocity(self.lora.loaded_weights(), 0.0)
+        plain = self.lora.base_velocity()
         states = zip(path.times[:-1], path.x, strict=True)
         velocities = [plain(x, t.expand(len(x)), **self.cond) for t, x in states]
         return path._replace(velocity=torch.stack(velocities))
@@ -2117,7 +2141,8 @@ class Validation:
             best = min(distance_at, key=distance_at.get)
             return best if math.isfinite(distance_at[best]) else min(distance_at)
 
-        best = try_scales(min(max(lam, 0.1), 5.0) if math.isfinite(lam) else 1.0, 0.4)
+        center = min(max(lam, 0.1), 5.0) if math.isfinite(lam) else 1.0
+        best = try_scales(center, 0.4)
         while best in (min(distance_at), max(distance_at)) and best not in SCALES:
             best = try_scales(best, 0.4)
         best = try_scales(best, 0.15)
@@ -2230,15 +2255,18 @@ def calibrate(settings: Settings, run: Run, validation: Validation, state: Train
     uncalibrated = []
     for n, (distance, scale) in sorted(best.items()):
         scales[n] = scale
-        # At a scale near 0 every student samples as the network before: require an improvement.
+        # At a scale near 0 every student samples like the untrained network: require an improvement
+        # on that.
         at_zero = validation.distance(validation.end(weights, n, 0.0))
         if scale in SCALES or not distance < 0.999 * at_zero:
             uncalibrated.append(n)
             scales[n] = 1.0
     row = validation.report(weights, run.out / "validation/saved.png")
     note = verdict(settings, row, N not in uncalibrated)
-    if uncalibrated:
-        note += f". {no_scale(uncalibrated)}"
+    shown = recommended({"student_steps": N, "scales": scales}, model.family)
+    missing = [n for n in uncalibrated if n in shown]
+    if missing:
+        note += f". {no_scale(missing)}"
 
     lora.use(weights, scales[N])
     cond, noise = cache.held_out([0], "check")
@@ -2269,7 +2297,7 @@ def calibrate(settings: Settings, run: Run, validation: Validation, state: Train
     }
     model.family.pipeline.save_lora_weights(
         run.out,
-        lora.named(weights),
+        transformer_lora_layers=lora.named(weights),
         save_function=lambda tensors, path: write_tensors(Path(path), tensors, metadata),
     )
 
@@ -2328,7 +2356,7 @@ def compare(settings: Settings, cache: Cache, run: Run) -> dict:
 
     expected = load_file(run.check)["latents"].to(machine.device)
     cond, noise = cache.held_out([0], "check")
-    check = rms(sample(noise, N, cond, False) - expected) / rms(expected)
+    check = rms(sample(noise, N, cond, guided=False) - expected) / rms(expected)
     if not check < (3e-2 if machine.device == "cuda" else 1e-5):
         die(
             f"self-check failed: in a fresh pipeline {run.lora} gives other latents than in"
@@ -2458,7 +2486,7 @@ def render(settings: Settings, machine: Machine) -> None:
         print(path)
 
 
-def recommended(adapter: dict, family: Flux | Flux2) -> list[int]:
+def recommended(adapter: dict, family: Family) -> list[int]:
     """Numbers of steps for which the LoRA has a scale that can be recommended.
 
     With true guidance the scale changes the guidance, too: at 0 there is none.
@@ -2602,8 +2630,9 @@ def read_data(settings: Settings, model: Model) -> Data:
             " held-out prompts: give --prompts a file that ends with other lines"
         )
     kept = [example for _, example in numbered]
-    more = [""] if model.family.true_guidance else []
-    texts = list(dict.fromkeys([*held_out, *(example.caption for example in kept), *more]))
+    empty = [""] if model.family.true_guidance else []
+    captions = [example.caption for example in kept]
+    texts = list(dict.fromkeys([*held_out, *captions, *empty]))
     places = {text: i for i, text in enumerate(texts)}
     third = max(1, len(held_out) // 3)
 
@@ -2619,7 +2648,7 @@ def read_data(settings: Settings, model: Model) -> Data:
         text_keys=[text_key(text) for text in texts],
         latent_keys=[latent_key(example.identity) for example in kept],
         fingerprint=digest([example.identity for example in kept]),
-        empty=places.get(""),
+        empty=places[""] if empty else None,
     )
 
 
@@ -2887,7 +2916,12 @@ without `lora_scale`, which would apply the scale twice.
 
 Put `{comfyui_file}` into `models/loras`.
 
-{comfyui}
+| node | values |
+| --- | --- |
+| Load LoRA (`LoraLoaderModelOnly`: model only, not the Bypass variant) | strength {scale} |
+| ModelSamplingAuraFlow | shift {shift:g} |
+{guidance_node}\
+| KSampler | steps {student_steps}, cfg 1, sampler euler, scheduler simple, denoise 1 |
 
 The exact times, for the node ManualSigmas: `{times}`. {no_node}
 
@@ -2928,7 +2962,7 @@ at 0 it has none. The last row of the table has the best scales found on validat
 FADES = 0.003  # relative change of weights below which bfloat16 rounds much of it away
 
 
-def card(results: dict, out: Path, family: Flux | Flux2, machine: Machine) -> str:
+def card(results: dict, out: Path, family: Family, machine: Machine) -> str:
     """The model card."""
     adapter = results["adapter"]
     identity = adapter["settings"]
@@ -2947,12 +2981,17 @@ def card(results: dict, out: Path, family: Flux | Flux2, machine: Machine) -> st
             f" on, {low:g} to {high:g}."
         )
     sentence = f"On the validation prompts, at scale 1: {adapter['note']}."
-    missing = adapter["uncalibrated"]
+    missing = set(adapter["uncalibrated"]).intersection(recommended(adapter, family))
     is_warning = "WARNING" in sentence or missing
     rows = ["| steps | scale, or strength | times for ManualSigmas |", "| --- | --- | --- |"]
     for n in recommended(adapter, family):
         shown = "none found" if n in missing else adapter["scales"][n]
         rows.append(f"| {n} | {shown} | `{format_times(n, shift)}` |")
+    if family.true_guidance:
+        rows.append(OWN_STEPS)
+    guidance_node = ""
+    if not family.true_guidance:
+        guidance_node = f"| FluxGuidance | guidance {adapter['guidance']:g} |\n"
     made_with = [f"{name}: {markdown_code(value)}" for name, value in identity.items()]
     more = {
         "head": card_head(adapter["base_model"], family),
@@ -2966,12 +3005,12 @@ def card(results: dict, out: Path, family: Flux | Flux2, machine: Machine) -> st
         "layers": family.tools[identity["layers"]],
         "scale": scale,
         "comfyui_file": family.comfyui_file,
-        "comfyui": family.comfyui.format(scale=scale, **adapter),
+        "guidance_node": guidance_node,
         "unsuited": family.unsuited,
         "guidance_scale": 1.0 if family.true_guidance else adapter["guidance"],
         "times": format_times(N, shift),
         "no_node": no_node,
-        "strengths": "\n".join([*rows, *([OWN_STEPS] if family.true_guidance else [])]),
+        "strengths": "\n".join(rows),
         "table": markdown(results),
         "costs": card_costs(results),
         "lora": LORA,
@@ -3016,7 +3055,7 @@ def card_costs(results: dict) -> str:
     return "\n".join([*rows, "", *words])
 
 
-def card_head(base_model: str, family: Flux | Flux2) -> str:
+def card_head(base_model: str, family: Family) -> str:
     """The card's YAML; the Hub takes a name of its own as base model, and refuses a folder's."""
     relation = {"base_model": base_model, "base_model_relation": "adapter"}
     data = ModelCardData(
@@ -3092,11 +3131,11 @@ def device_errors(settings: Settings, cache: Cache, lora: LoRA) -> dict[str, flo
     data = cache.data
     device = cache.machine.device
     generator = keyed(settings.seed, "check device")
-    # Cropped to 32 x 32 tokens: plain attention takes memory by the square of their number.
+    # Cropped to 32 x 32 tokens: plain attention takes memory that grows with their square.
     side = 32 * cache.model.family.patch
     x_0 = cache.latent(0)[None, :, :side, :side].to(device)
     noise = torch.randn(x_0.shape, generator=generator).to(device)
-    t = torch.full((1,), 0.5, device=device)  # which bfloat16 does not round, times 1000
+    t = torch.full((1,), 0.5, device=device)  # 1000 t is exact in bfloat16
     x_t = sc.interpolate(x_0, noise, t)
     cond = cache.conditions([data.pairs[0].text], settings.guidance)
     weights = lora.loaded_weights()
@@ -3147,7 +3186,7 @@ def device_errors(settings: Settings, cache: Cache, lora: LoRA) -> dict[str, flo
     times = sc.time_grid(N, shift).to(device)
     our_latents = sc.euler_sample(lora.velocity(None), start, times, **held_out_cond)
     lora.use(None)
-    stock = stock_sample(cache.model, start, N, held_out_cond, shift, settings.batch, True)
+    stock = stock_sample(cache.model, start, N, held_out_cond, shift, settings.batch, guided=True)
     found["pipeline"] = difference(our_latents, stock)
     return found
 
@@ -3299,9 +3338,9 @@ def check_memory(settings: Settings, model: Model) -> None:
     # for any other, and most while one is recomputed.
     whole, while_recomputed = model.family.kept
     kept = recomputed + whole * (blocks - recomputed) + while_recomputed * (recomputed > 0)
-    latent_shape = model.latent_shape(settings.resolution)
-    of_row = model.family.activations(net, latent_shape, settings.text_tokens)
-    activations = bytes_each * settings.batch * of_row * kept
+    _, height, width = model.latent_shape(settings.resolution)
+    tokens = height * width // model.family.patch**2 + settings.text_tokens
+    activations = bytes_each * settings.batch * tokens * net.inner_dim * kept
     layers = linear_layers(net, settings.layers)
     lora = settings.rank * sum(sum(net.get_submodule(name).weight.shape) for name in layers)
     # In float32: student, gradient, two moments, EMAs.
@@ -3334,13 +3373,13 @@ def forecast(
     call = validation.seconds  # one network call, on all validation rows
     validate = call * (N + every_n)  # a sampling, and a velocity at each step for lam*
     calibrate = call * 11 * (every_n + N)  # ten samplings and lam*; at N for two sets of weights
-    of_teacher = validation.of_teacher
-    compare = call * (of_teacher * (settings.teacher_steps + every_n) + 2 * every_n)
+    teacher_calls = validation.teacher_calls
+    compare = call * (teacher_calls * (settings.teacher_steps + every_n) + 2 * every_n)
     compare *= validation.compared
     left = range(iteration + 1, settings.iterations + 1)
     due = [i for i in left if i % settings.validate_every == 0 or i == settings.iterations]
     # The first lam* also follows the teacher's path, by 16 velocities a step.
-    training = len(left) * seconds + len(due) * validate + call * of_teacher * 16 * every_n
+    training = len(left) * seconds + len(due) * validate + call * teacher_calls * 16 * every_n
     end = datetime.now() + timedelta(seconds=training)
     validations = f"{counted(due, 'validation')} of {duration(validate)}"
     words = (
@@ -3523,9 +3562,8 @@ def lock_out_folder(out: Path, machine: Machine):
         if machine.lead and fcntl:
             try:
                 path = out / ".lock"
-                with suppress(
-                    PermissionError
-                ):  # a lock file of another user will do: locking needs no write access
+                # A lock file of another user will do: locking needs no write access.
+                with suppress(PermissionError):
                     path.touch()
                 file = stack.enter_context(open(path))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

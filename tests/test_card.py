@@ -36,7 +36,7 @@ def card(folder: Path, device="cpu", settings=None, out="out", teacher_steps=8, 
     adapter["settings"] |= settings or {}
     results |= {"adapter": adapter | change, "teacher_steps": teacher_steps}
     return fd.card(
-        results, Path(out), fd.Flux, SimpleNamespace(device=device, dtype=DTYPES[device])
+        results, Path(out), fd.Flux({}, {}), SimpleNamespace(device=device, dtype=DTYPES[device])
     )
 
 

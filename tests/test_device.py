@@ -105,8 +105,8 @@ def test_a_velocity_that_is_wrong_with_the_lora_alone_is_found(setup, lora, monk
 def test_times_that_the_stock_pipeline_does_not_take_are_found(setup, lora, monkeypatch):
     right = fd.stock_sample
 
-    def wrong(model, noise, steps, cond, shift, *more):
-        return right(model, noise, steps, cond, 2.0, *more)
+    def wrong(model, noise, steps, cond, shift, *more, **options):
+        return right(model, noise, steps, cond, 2.0, *more, **options)
 
     monkeypatch.setattr(fd, "stock_sample", wrong)
     with pytest.raises(
@@ -226,11 +226,11 @@ THIRTEEN = fd.Settings(
 ON_A_CPU = SimpleNamespace(device="cpu")
 
 
-def validation_of(seconds: float, of_teacher: int = 1) -> SimpleNamespace:
+def validation_of(seconds: float, teacher_calls: int = 1) -> SimpleNamespace:
     """What the forecast knows of validations: seconds of a call; half as many rows as compared."""
     calls = {"iteration": 6}
     return SimpleNamespace(
-        seconds=seconds, compared=2.0, network_calls=calls, of_teacher=of_teacher
+        seconds=seconds, compared=2.0, network_calls=calls, teacher_calls=teacher_calls
     )
 
 
@@ -245,7 +245,7 @@ def test_the_forecast_is_that_of_a_count_by_hand():
 
 
 def test_the_forecast_counts_a_guided_velocity_as_two_calls():
-    validation = validation_of(seconds=1.0, of_teacher=2)
+    validation = validation_of(seconds=1.0, teacher_calls=2)
     words = fd.forecast(THIRTEEN, ON_A_CPU, validation, 3, seconds=60.0)
     assert "3 validations of 8 s" in words  # by the student alone
     assert "training takes 13 min more" in words  # 16 x 5 calls more: 784 s

@@ -67,6 +67,22 @@ def test_schnell(tmp_path):
     says("schnell.*4 steps already", "--model", folder, "--out", tmp_path / "out")
 
 
+def test_a_guidance_beyond_the_training(tmp_path):
+    says("--guidance 8.5 is not trained: give 0 to 8", "--guidance", 8.5, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("shift", [1.9, 4.1])
+def test_a_shift_beyond_the_training(tmp_path, shift):
+    sentence = f"--shift {shift} is not in --shift-range 2 4: give both"
+    says(sentence, "--shift", shift, "--out", tmp_path / "out")
+
+
+def test_texts_of_no_token(tmp_path):
+    """T5 adds an end."""
+    sentence = "--text-tokens 1 leaves no room for a text: give more than 1"
+    says(sentence, "--text-tokens", 1, "--out", tmp_path / "out")
+
+
 def test_another_family_of_models(tmp_path):
     folder = edited(tmp_path, "model_index.json", _class_name="StableDiffusion3Pipeline")
     sentence = "is a StableDiffusion3Pipeline: this distils FLUX.1-dev"

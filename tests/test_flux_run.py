@@ -177,7 +177,7 @@ def test_a_run_of_other_settings_is_left_alone(done, tmp_path):
 
 def refusal(out: Path, first: list, then: list) -> str:
     """What is said where training with the first flags has begun, and the second ones are given."""
-    begun, _ = fd.prepare(parsed(out, *first), fd.Machine())
+    _, begun, _ = fd.prepare(parsed(out, *first), fd.Machine())
     fd.write_tensors(begun.state, {"student": torch.zeros(1)}, {"settings": begun.identity})
     before = content(out)
     with pytest.raises(SystemExit) as stopped:
@@ -231,7 +231,7 @@ def test_the_teachers_steps_decide_when_a_run_stops(tmp_path):
         for steps in (8, 10):
             flags = ["--images", folder, "--teacher-steps", steps, *stop]
             settings, machine = parsed(tmp_path / "out", *flags), fd.Machine()
-            runs[len(stop), steps], _ = fd.prepare(settings, machine)
+            _, runs[len(stop), steps], _ = fd.prepare(settings, machine)
     assert runs[0, 8].identity == runs[0, 10].identity
     assert runs[0, 8].key != runs[0, 10].key
     assert runs[1, 8].identity != runs[1, 10].identity
@@ -264,7 +264,7 @@ def test_flux_dev_passes_on_its_licence(done):
     }
     machine = fd.Machine()
     machine.device, machine.dtype = "cuda", torch.bfloat16
-    card = fd.card(results, Path("x"), fd.Flux, machine)
+    card = fd.card(results, Path("x"), fd.Flux({}, {}), machine)
     head = yaml.safe_load(card.split("---")[1])
     assert head["license_name"] == "flux-1-dev-non-commercial-license"
     assert head["base_model"] == "black-forest-labs/FLUX.1-dev"
@@ -314,7 +314,7 @@ def test_a_wrong_file_fails_the_self_check(done, tmp_path):
 def test_held_out_prompts_are_not_trained_on(tmp_path):
     """All others are, without --limit."""
     settings = parsed(tmp_path / "out", "--limit", 0)
-    data = fd.prepare(settings, fd.Machine())[1].data
+    data = fd.prepare(settings, fd.Machine())[2].data
     *others, a, b, c = TINY.joinpath("prompts.txt").read_text().splitlines()
     trained = [data.texts[pair.text] for pair in data.pairs]
     assert trained == [text for text in others if text not in (a, b, c)]
@@ -411,11 +411,11 @@ def test_sample_holds_no_text_encoder_beside_the_transformer(done, tmp_path, mon
     encoders = []
     encode = fd.Flux.encode_text
 
-    def noting(pipe, *args):
+    def noting(family, pipe, *args):
         encoders.append(weakref.ref(pipe.text_encoder))
-        return encode(pipe, *args)
+        return encode(family, pipe, *args)
 
-    monkeypatch.setattr(fd.Flux, "encode_text", staticmethod(noting))
+    monkeypatch.setattr(fd.Flux, "encode_text", noting)
     alive = loads_noted(monkeypatch, lambda side: [encoder() is not None for encoder in encoders])
     out = copied(done, tmp_path / "out")
     fd.main(["--model", str(TINY), "--out", str(out), "--sample", "a red circle"])
@@ -425,7 +425,7 @@ def test_sample_holds_no_text_encoder_beside_the_transformer(done, tmp_path, mon
 def test_other_processes_load_nothing_where_only_calibration_is_left(done, tmp_path, monkeypatch):
     settings = parsed(copied(done, tmp_path / "out"), "--steps", 2, 4)
     machine = fd.Machine()
-    found, cache = fd.prepare(settings, machine)
+    settings, found, cache = fd.prepare(settings, machine)
     assert found.state.exists() and not found.is_calibrated()
     machine.lead = False
     loads = loads_noted(monkeypatch, lambda side: True)

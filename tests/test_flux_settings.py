@@ -36,12 +36,16 @@ def test_help_names_every_flag_with_its_text_and_default(setting, helped, tmp_pa
     line = helped[flag_of(setting.name)]
     assert " ".join(setting.metadata["options"]["help"].split()) in line
     default = getattr(fd.parse([]), setting.name)
-    shown = re.search(r"\(default: (.+)\)$", line)
+    shown = re.search(r"\(default: (.+?)(?:; FLUX.2: (.+))?\)$", line)
     if default is None or default is False or default == ():
         assert shown is None
-    else:
-        typed = fd.parse([flag_of(setting.name), *shown[1].split()])
-        assert getattr(typed, setting.name) == default
+        return
+    typed = fd.parse([flag_of(setting.name), *shown[1].split()])
+    assert getattr(typed, setting.name) == default
+    dev = fd.Flux2({"_class_name": "Flux2Pipeline"}, {})
+    others = fd.parse([]).suited_to(dev)
+    typed = fd.parse([flag_of(setting.name), *(shown[2] or shown[1]).split()])
+    assert getattr(typed, setting.name) == getattr(others, setting.name)
 
 
 def test_help_names_no_other_flags(helped):
@@ -52,7 +56,7 @@ def test_help_shows_what_the_paper_and_the_tables_use(helped):
     assert helped["--teacher-steps"].endswith("(default: 32)")
     assert helped["--steps"].endswith("(default: 2 3 4 6 8)")
     assert helped["--student-steps"].endswith("(default: 3)")
-    assert helped["--shift-range"].endswith("(default: 2.0 4.0)")
+    assert helped["--shift-range"].endswith("(default: 2.0 4.0; FLUX.2: 4.0 8.0)")
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--batch", "0"]], ids=" ".join)

@@ -281,7 +281,7 @@ def noted(path, resolution):
     opened.append(path.name)
     return open_image(path, resolution)
 fd.open_image = noted
-run, cache = fd.prepare(fd.parse(sys.argv[1:]), fd.Machine())
+_, run, cache = fd.prepare(fd.parse(sys.argv[1:]), fd.Machine())
 kept = [pair.image.args[0].name for pair in cache.data.pairs]
 Path({folder!r}, "rank" + os.environ["RANK"]).write_text(" ".join([*opened, "of", *kept]))
 """
@@ -342,7 +342,7 @@ def test_many_prompts_are_read_in_linear_time(tmp_path):
     (tmp_path / "many.txt").write_text("\n".join(lines))
     settings = parsed(tmp_path / "out", "--prompts", tmp_path / "many.txt", "--limit", 0)
     started = time.process_time()
-    _, cache = fd.prepare(settings, fd.Machine())
+    _, _, cache = fd.prepare(settings, fd.Machine())
     assert time.process_time() - started < 15  # 3 s; by searching the list for each it took 40
     assert len(cache.data.pairs) == 99_997
     assert cache.data.texts[cache.data.pairs[-1].text] == lines[-4]
@@ -378,7 +378,7 @@ def test_held_out_prompts_are_distinct_without_regard_to_case(tmp_path):
     assert prompts == ["one", "A Fox", "two", "a fox", "three", "TWO"]
     assert held_out == ["A Fox", "two", "three"]
     settings = parsed(tmp_path / "out", "--prompts", file)
-    data = fd.prepare(settings, fd.Machine())[1].data
+    data = fd.prepare(settings, fd.Machine())[2].data
     assert [data.texts[pair.text] for pair in data.pairs] == ["one"]
 
 
@@ -395,7 +395,7 @@ def test_images_whose_captions_are_held_out_are_counted(tmp_path, capsys, last, 
     file = tmp_path / "prompts.txt"
     file.write_text(f"first\n{last}\n")
     flags = ["--images", folder, "--prompts", file, "--held-out", 2, "--limit", 0]
-    data = fd.prepare(parsed(tmp_path / "out", *flags), fd.Machine())[1].data
+    data = fd.prepare(parsed(tmp_path / "out", *flags), fd.Machine())[2].data
     kept = [f"{i}.png" for i in range(3) if f"a red circle {i}" not in last.lower()]
     assert [file_of(pair).name for pair in data.pairs] == kept
     assert capsys.readouterr().out == said

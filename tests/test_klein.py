@@ -355,7 +355,7 @@ def test_validation_measures_against_the_guided_teacher(setup):
         validation = fd.Validation(setup.settings, setup.cache, lora)
     # A first call, then those whose seconds are measured for the forecast.
     calls = sum(rows["references"]) / len(validation.noise)
-    assert calls == validation.of_teacher * (1 + setup.settings.teacher_steps + 3) == 2 * 12
+    assert calls == validation.teacher_calls * (1 + setup.settings.teacher_steps + 3) == 2 * 12
     texts = validation.texts * setup.settings.noises
     pipe = stock_pipeline(6.0)
     for end, steps in ((validation.fine, 8), (validation.coarse, 3)):
@@ -499,6 +499,26 @@ def test_card_and_file_say_how_the_student_samples(finished):
     assert fd.read_metadata(finished.out / fd.LORA)["guidance"] == GUIDANCE
 
 
+@pytest.mark.parametrize("missing, warned", [([8], False), ([3, 8], True)])
+def test_a_scale_that_is_not_recommended_need_not_be_found(finished, setup, missing, warned):
+    results = json.loads((finished.out / "results.json").read_text())
+    adapter = results["adapter"]
+    adapter["scales"] = {int(n): scale for n, scale in adapter["scales"].items()}
+    adapter |= {"uncalibrated": missing, "note": "all is well"}
+    card = fd.card(results, finished.out, setup.model.family, setup.machine)
+    assert ("> Warning." in card) == warned
+
+
+def test_a_run_does_not_complain_of_a_scale_that_it_does_not_recommend(tmp_path, monkeypatch):
+    found = {2: (0.01, fd.SCALES[1]), 3: (0.01, 1.23)}
+    monkeypatch.setattr(fd.Validation, "search", lambda self, weights, steps: found[steps])
+    out = tmp_path / "out"
+    run(out, *FLAGS)
+    adapter = fd.read_metadata(out / fd.LORA)
+    assert adapter["uncalibrated"] == [2]
+    assert "no scale" not in adapter["note"]
+
+
 # --------------------------------------------------------------------------- the file for ComfyUI
 
 
@@ -527,9 +547,9 @@ def changes(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("which", ["klein", "dev"])
 def test_the_file_for_comfyui_changes_the_published_weights_as_the_lora_does(setup, dev, which):
     """As published weights are read into diffusers by diffusers."""
-    net = dev.net if which == "dev" else setup.model.pipe.transformer
+    net = dev.net if which == "dev" else stock_pipeline(6.0).transformer
     tensors = lora_of(net)
-    theirs = fd.Flux2.for_comfyui(setup.model.family, tensors)
+    theirs = setup.model.family.for_comfyui(tensors)
     assert all(name.startswith("diffusion_model.") for name in theirs)
     read = convert_flux2_transformer_checkpoint_to_diffusers(changes(theirs, "diffusion_model."))
     ours = changes(tensors, "transformer.")
@@ -597,7 +617,7 @@ def test_a_file_of_that_name_that_is_not_ours_is_left_alone(tmp_path):
     ],
 )
 def test_each_model_has_its_licence(name, licence):
-    assert fd.Flux2.licence(name) == licence
+    assert fd.Flux2({"_class_name": "Flux2Pipeline"}, {}).licence(name) == licence
 
 
 def test_sample_renders_without_guidance_what_the_student_makes(finished, tmp_path, capsys):
@@ -692,6 +712,11 @@ def test_a_transformer_that_takes_guidance_does_not_belong_to_klein(tmp_path, gu
 @pytest.mark.parametrize("guidance", [0.5, 1])
 def test_a_guidance_that_does_not_guide_is_refused(tmp_path, guidance):
     says(f"--guidance {guidance} must be above 1", *FLAGS[:-1], guidance, "--out", tmp_path / "o")
+
+
+@pytest.mark.parametrize("shift", [3.9, 8.1])
+def test_a_shift_outside_the_range_of_the_training_is_refused(tmp_path, shift):
+    says(f"--shift {shift} is not in --shift-range 4 8", *FLAGS, "--shift", shift, "--out", tmp_path)
 
 
 def test_texts_that_would_be_cut_to_nothing_are_refused(tmp_path):

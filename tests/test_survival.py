@@ -77,7 +77,7 @@ from safetensors.torch import save_file
 from tiny_runs import fd
 
 settings, machine = fd.parse(sys.argv[1:]), fd.Machine()
-run, cache = fd.prepare(settings, machine)
+settings, run, cache = fd.prepare(settings, machine)
 fd.fill_cache(settings, cache)
 costs = fd.Costs(run.out / "costs.json", machine)
 validation, state = fd.train_student(settings, cache, run, costs)

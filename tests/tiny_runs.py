@@ -35,8 +35,7 @@ def parsed(out: Path, *more) -> fd.Settings:
 def prepared(out: Path, *more) -> SimpleNamespace:
     """All that the phases need, with the cache filled."""
     settings, machine = parsed(out, *more), fd.Machine()
-    found, cache = fd.prepare(settings, machine)
-    settings = cache.settings
+    settings, found, cache = fd.prepare(settings, machine)
     fd.fill_cache(settings, cache)
     costs = fd.Costs(found.out / "costs.json", machine)
     return SimpleNamespace(settings=settings, machine=machine, run=found, cache=cache, costs=costs,

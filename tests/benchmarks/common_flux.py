@@ -65,8 +65,8 @@ class TinyFlux:
 
     def __init__(self, settings: fd.Settings):
         with redirect_stdout(sys.stderr):
-            self.run, self.cache = fd.prepare(settings, fd.Machine())
-            self.settings = settings = self.cache.settings
+            settings, self.run, self.cache = fd.prepare(settings, fd.Machine())
+            self.settings = settings
             fd.fill_cache(settings, self.cache)
         self.model, self.data = self.cache.model, self.cache.data
         self.pipe = self.model.load("image")

@@ -210,16 +210,15 @@ def quotations() -> list[str]:
         printed("toy", "calibrated scale", "calibrated scale"),
         found_by("toy")["lines"][-1].replace("OUT", "toy_out"),
         printed("tiny_flux", "RMSE of latents", "| its scale"),
-        f"Over five seeds, the 3-step student reaches {few_steps} on moons, checkerboard, spirals"
-        f" and gaussians; the teacher {teacher} in 16 steps and, on gaussians, {on_gaussians} in"
-        f" 12; a student of ten points {on_all_flows('few-shot')}.",
+        f"the student in 3 steps {few_steps}; the teacher in 16 steps (gaussians: 12) {teacher} and"
+        f" {on_gaussians}; a student of ten points {on_all_flows('few-shot')}.",
         *map(cost_of, ("--recompute-every 1", "--recompute-every 1 --compile",
                        "--recompute-every 2 --compile")),
-        f"our error is {three_1} times its error in 3 steps"
+        f"our error over its error is {three_1} in 3 steps"
         f" ({three_3} at shift 3), {two_1} ({two_3}) in 2 steps and {one_1} ({one_3}) in one. At a"
-        f" tenth of the budget it is {tenth_1} ({tenth_3}) in 3 steps, but {four_1} ({four_3}) if"
+        f" tenth of the budget it is {tenth_1} ({tenth_3}) in 3 steps, or {four_1} ({four_3}) if"
         " direct regression takes 4 calls.",
-        f"our error is {to_progressive()} times its.",
+        f"the ratio, on the four flows, is {to_progressive()}.",
         of_klein(),
     ]  # fmt: skip
 

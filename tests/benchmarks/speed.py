@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import common
@@ -93,7 +94,7 @@ def random_run(config: dict, pixels: int, batch: int, *flags: str):
             cache.write("text", i, {"text": text, "pooled": pooled})
         for i in range(len(data.latent_keys)):
             cache.write("latent", i, {"latent": torch.randn(model.latent_shape(pixels))})
-        lora = fd.LoRA(Flux, model.pipe.transformer, settings)
+        lora = fd.LoRA(model.family, model.pipe.transformer, settings)
         yield SimpleNamespace(settings=settings, cache=cache, lora=lora)
 
 
@@ -112,7 +113,7 @@ def seconds_of(function: Callable[[], object], machine: fd.Machine) -> float:
 
 
 def input_of_network(run: SimpleNamespace) -> dict[str, torch.Tensor]:
-    """A batch, as Flux.velocity takes it."""
+    """A batch, as the family's velocity takes it."""
     rows = run.settings.batch
     x = run.cache.noise([("speed", i) for i in range(rows)])
     texts = [i % len(run.cache.data.texts) for i in range(rows)]
@@ -122,13 +123,14 @@ def input_of_network(run: SimpleNamespace) -> dict[str, torch.Tensor]:
 
 def calls_of_a_step(lora: fd.LoRA, batch: dict[str, torch.Tensor]) -> None:
     """The network calls of a training step and its backward pass, and nothing else."""
+    velocity = partial(lora.family.velocity, lora.net, **batch)
     with torch.no_grad():
         lora.switch.on = False
-        Flux.velocity(lora.net, **batch)  # the teacher
-        Flux.velocity(lora.net, **batch)
+        velocity()  # the teacher
+        velocity()
         lora.switch.on = True
-        Flux.velocity(lora.net, **batch)  # the slow EMA
-    v = Flux.velocity(lora.net, **batch)  # the student
+        velocity()  # the slow EMA
+    v = velocity()  # the student
     v.square().mean().backward()
     for parameter in lora.params:
         parameter.grad = None
