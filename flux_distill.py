@@ -444,7 +444,7 @@ def distil(settings: Settings, machine: Machine) -> None:
             f" {settings.teacher_steps} steps, held-out prompts:"
         )
         print(markdown(results))
-        print(results["adapter"]["note"])
+        print(f"On the validation prompts, at scale 1: {results['adapter']['note']}")
         print(f"adapter, model card (README.md), images and tables in {run.out}/")
 
 
@@ -2177,8 +2177,8 @@ def has_diverged(settings: Settings, row: dict[str, float], factor: float = 2.0)
     return not math.isfinite(student) or (far and not lam >= 0.1)
 
 
-def verdict(settings: Settings, row: dict[str, float], has_scale: bool = True) -> str:
-    """In words, whether the student learned. has_scale: False if none was found for N steps."""
+def verdict(settings: Settings, row: dict[str, float], scale_helps: bool = True) -> str:
+    """In words, whether the student learned. scale_helps: whether its scale may mend overshoot."""
     N = settings.student_steps
     student = row["rmse"]
     teacher = row["teacher_rmse"]
@@ -2195,7 +2195,7 @@ def verdict(settings: Settings, row: dict[str, float], has_scale: bool = True) -
     if lam <= 0:
         return f"WARNING, led astray: lam* is {lam:.2f}; {distances}; {LOWER_RATE}"
     if lam < 0.8 and abs(student - teacher) > 0.02 * teacher:
-        way_out = "use its scale, or train shorter" if has_scale else "train shorter"
+        way_out = "use its scale, or train shorter" if scale_helps else "train shorter"
         return f"WARNING, overshot: lam* is {lam:.2f}; {distances}; {way_out}"
     if not student < 0.98 * teacher:
         return f"WARNING, inert student: {distances}; train longer or with a higher --learning-rate"
@@ -2262,7 +2262,7 @@ def calibrate(settings: Settings, run: Run, validation: Validation, state: Train
             uncalibrated.append(n)
             scales[n] = 1.0
     row = validation.report(weights, run.out / "validation/saved.png")
-    note = verdict(settings, row, N not in uncalibrated)
+    note = verdict(settings, row, scale_helps=N not in uncalibrated and scales[N] < 1)
     shown = recommended({"student_steps": N, "scales": scales}, model.family)
     missing = [n for n in uncalibrated if n in shown]
     if missing:
@@ -2664,6 +2664,8 @@ def read_prompts(file: Path | None, held_out: int, needs_more: bool) -> tuple[li
             OSError,
             UnicodeDecodeError,
         ):
+            if not file.exists():
+                die(f"{source}: there is no such file")
             lines = file.read_text("utf-8-sig").split("\n")  # splitlines knows other ends, too
     else:
         source = "the built-in list"
@@ -2898,6 +2900,7 @@ In training the base model ran in {precision}: use the same. {layers}
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, {pipeline}
 {int8}
+# The base model by its name on the Hub, or its folder.
 pipe = {pipeline}.from_pretrained({base_model!r}, dtype=torch.{dtype}{quantized}).to("{device}")
 pipe.load_lora_weights({out!r}, weight_name="{lora}", adapter_name="scfm")
 pipe.set_adapters("scfm", {scale})

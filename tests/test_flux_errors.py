@@ -153,7 +153,8 @@ def test_int8_without_torchao(tmp_path, monkeypatch, capsys):
 
 
 def test_prompts_that_are_missing_or_too_few(tmp_path):
-    says("can't be read as a text file", "--prompts", tmp_path / "none.txt", "--out", tmp_path)
+    sentence = "none.txt: there is no such file"
+    says(sentence, "--prompts", tmp_path / "none.txt", "--out", tmp_path)
     few = tmp_path / "few.txt"
     few.write_text("one\ntwo\n\n")
     says("2 different prompts.*--held-out 3 needs 4", "--prompts", few, "--out", tmp_path)

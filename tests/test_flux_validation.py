@@ -138,7 +138,7 @@ def test_a_small_lam_is_an_overshot_student(change):
     words = fd.verdict(SETTINGS, GOOD | change)
     assert words.startswith(f"WARNING, overshot: lam* is {change['lam_3']:.2f}; ")
     assert words.endswith("use its scale, or train shorter")
-    without = fd.verdict(SETTINGS, GOOD | change, has_scale=False)
+    without = fd.verdict(SETTINGS, GOOD | change, scale_helps=False)
     assert without.endswith("0.300; train shorter")
 
 

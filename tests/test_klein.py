@@ -716,7 +716,9 @@ def test_a_guidance_that_does_not_guide_is_refused(tmp_path, guidance):
 
 @pytest.mark.parametrize("shift", [3.9, 8.1])
 def test_a_shift_outside_the_range_of_the_training_is_refused(tmp_path, shift):
-    says(f"--shift {shift} is not in --shift-range 4 8", *FLAGS, "--shift", shift, "--out", tmp_path)
+    says(
+        f"--shift {shift} is not in --shift-range 4 8", *FLAGS, "--shift", shift, "--out", tmp_path
+    )
 
 
 def test_texts_that_would_be_cut_to_nothing_are_refused(tmp_path):

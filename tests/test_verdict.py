@@ -208,6 +208,24 @@ def test_a_scale_at_the_edge_is_not_recommended(tmp_path, monkeypatch, edge):
     assert "| its scale | none found | 1.23 |" in (out / "README.md").read_text()
 
 
+@pytest.mark.parametrize("scale, helps", [(0.8, True), (1.2, False), (fd.SCALES[0], False)])
+def test_a_scale_that_would_go_further_is_no_advice_on_overshoot(
+    tmp_path, monkeypatch, scale, helps
+):
+    found = {2: (0.01, 1.1), 3: (0.01, scale)}
+    monkeypatch.setattr(fd.Validation, "search", lambda self, weights, steps: found[steps])
+    told = []
+    verdict = fd.verdict
+
+    def noted(*args, **kwargs):
+        told.append(kwargs)
+        return verdict(*args, **kwargs)
+
+    monkeypatch.setattr(fd, "verdict", noted)
+    run(tmp_path / "out")
+    assert told[-1] == {"scale_helps": helps}
+
+
 # ------------------------------------------------------------------------------------- not a number
 
 
