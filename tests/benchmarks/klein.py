@@ -9,6 +9,9 @@ images per seed in which the judge of quality.py sees the caption.
 Set beforehand. In 3 steps the student is at most 0.6 times as far from the teacher's 32 steps as
 the guided teacher in 3, and shows its captions at least as often as the guided teacher in 8 steps.
 Without guidance the teacher shows them visibly less often.
+
+"oracle" asks how near any such student can come: the same LoRA, regressed on exact mean velocities
+at the sampler's own times, without bootstrapping and EMA, as in oracle.py.
 """
 
 import tempfile
@@ -17,6 +20,7 @@ from pathlib import Path
 import common
 import common_flux
 import make_tiny_flux as tiny
+import oracle
 import torch
 from common_flux import TinyFlux
 from torch import Tensor
@@ -29,6 +33,8 @@ GUIDANCE = 4.0
 FLAGS = ("--model", KLEIN, "--prompts", KLEIN / "prompts.txt", "--guidance", GUIDANCE)
 STEPS = (2, 3, 4, 6, 8)
 NOISES = 32  # images of a caption that the judge sees
+PATHS = 3200  # of the oracle
+ITERATIONS = 1200
 
 
 def measure(seed: int, length: float) -> dict:
@@ -45,35 +51,63 @@ def measure(seed: int, length: float) -> dict:
     return found
 
 
-@torch.no_grad()
+class Judge:
+    """Sees how often samplers show the comparison's captions."""
+
+    @torch.no_grad()
+    def __init__(self, world: TinyFlux, noises: int, length: float):
+        self.world = world
+        self.judge = common_flux.train_judge(common.shortened(500, length))
+        texts = world.data.texts
+        rows = [(i, k) for k in range(noises) for i in world.data.comparison]
+        self.cond = world.cache.conditions([i for i, _ in rows], world.settings.guidance)
+        self.noise = world.cache.noise([("shown", *row) for row in rows])
+        self.captions = torch.tensor([tiny.CAPTIONS.index(texts[i]) for i, _ in rows])
+
+    @torch.no_grad()
+    def seen(self, velocity: sc.Velocity, steps: int) -> float:
+        """Fraction of a sampler's images that show their caption."""
+        times = sc.time_grid(steps, self.world.settings.shift)
+        latents = sc.euler_sample(velocity, self.noise, times, **self.cond)
+        images = images_of(self.world, latents)
+        return common_flux.look(self.judge, images, self.captions)["shown"]
+
+
 def shown(settings: fd.Settings, results: dict, noises: int, length: float) -> dict[str, float]:
     """Fraction of the images that show their caption, by sampler."""
     world = TinyFlux(settings)
-    judge = common_flux.train_judge(common.shortened(500, length))
-    data = world.data
-    rows = [(i, k) for k in range(noises) for i in data.comparison]
-    cond = world.cache.conditions([i for i, _ in rows], settings.guidance)
-    noise = world.cache.noise([("shown", *row) for row in rows])
-    captions = torch.tensor([tiny.CAPTIONS.index(data.texts[i]) for i, _ in rows])
+    judge = Judge(world, noises, length)
     N = settings.student_steps
     scale = results["adapter"]["scales"][str(N)]
     weights = world.saved_weights()
     teacher = world.velocity(None)
     unguided = world.velocity(weights, 0.0)
     student = world.velocity(weights, scale)
-
-    def seen(velocity: sc.Velocity, steps: int) -> float:
-        latents = sc.euler_sample(velocity, noise, sc.time_grid(steps, settings.shift), **cond)
-        images = images_of(world, latents)
-        return common_flux.look(judge, images, captions)["shown"]
-
     return {
-        f"teacher, {settings.teacher_steps} steps": seen(teacher, settings.teacher_steps),
-        "teacher, 8 steps": seen(teacher, 8),
-        f"teacher, {N} steps": seen(teacher, N),
-        "teacher without guidance": seen(unguided, settings.teacher_steps),
-        f"student, {N} steps": seen(student, N),
+        f"teacher, {settings.teacher_steps} steps": judge.seen(teacher, settings.teacher_steps),
+        "teacher, 8 steps": judge.seen(teacher, 8),
+        f"teacher, {N} steps": judge.seen(teacher, N),
+        "teacher without guidance": judge.seen(unguided, settings.teacher_steps),
+        f"student, {N} steps": judge.seen(student, N),
     }
+
+
+def measure_oracle(captions: str, seed: int, length: float) -> dict:
+    """Of a student on exact targets: distance in 3 steps, and how often its captions are seen."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = common_flux.demonstration(Path(folder), seed, *FLAGS, length=length)
+        world = TinyFlux(settings)
+        judge = Judge(world, NOISES if length == 1 else 2, length)
+        texts = oracle.places(world, captions)
+        bank = oracle.Bank(world, texts, common.shortened(PATHS, length))
+        weights = world.lora.loaded_weights()
+        student = world.velocity(weights)
+        loss = oracle.loss_on(world, bank, student)
+        iterations = common.shortened(ITERATIONS, length)
+        for _ in world.minimize(loss, weights, iterations, oracle.RATES["LoRA"], falling=True):
+            pass
+        steps = oracle.STEPS
+        return {"distance": world.distance(student, steps), "shown": judge.seen(student, steps)}
 
 
 def images_of(world: TinyFlux, latents: Tensor) -> Tensor:
@@ -83,13 +117,19 @@ def images_of(world: TinyFlux, latents: Tensor) -> Tensor:
 
 
 def tasks(flows, seeds) -> dict[str, list[common.Task]]:
-    return {"klein": [common.Task(measure, {"seed": seed}) for seed in seeds]}
+    exact = [{"captions": captions, "seed": seed} for seed in seeds for captions in oracle.CAPTIONS]
+    return {
+        "klein": [common.Task(measure, {"seed": seed}) for seed in seeds],
+        "oracle": [common.Task(measure_oracle, settings) for settings in exact],
+    }
 
 
 # ------------------------------------------------------------------------------------------- tables
 
 
 def tables(rows: list[common.Row]) -> list[str]:
+    exact = common.where(rows, "oracle")
+    rows = common.where(rows, "klein")
     apart = common.column(rows, "seed to seed").mean()
     lines = [f"{len(rows)} seeds; two seeds of the teacher: {apart:.3f}"]
     distances = []
@@ -102,7 +142,15 @@ def tables(rows: list[common.Row]) -> list[str]:
     fractions = {name: common.column(rows, "shown", name) for name in rows[0].found["shown"]}
     cells = [[name, common.mean_text(values)] for name, values in fractions.items()]
     lines += common.table(["sampler", "captions shown"], cells)
-    return lines + claims(rows)
+    lines += claims(rows)
+    cells = []
+    for captions, some in common.grouped(exact, "captions").items():
+        found = [common.mean_text(common.column(some, name)) for name in ("distance", "shown")]
+        cells.append([captions, *found])
+    if cells:
+        head = ["a student on exact targets; its captions", "distance in 3 steps", "captions shown"]
+        lines += common.table(head, cells)
+    return lines
 
 
 def claims(rows: list[common.Row]) -> list[str]:

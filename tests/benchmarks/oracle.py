@@ -12,7 +12,7 @@ errors are measured (RMSE of latents to 32 steps of the teacher, in 3 steps, noi
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -64,6 +64,28 @@ class Bank:
         return self.x[rows], self.t[rows], self.mean[rows], self.text[rows].tolist()
 
 
+def places(world: common_flux.TinyFlux, captions: str) -> list[int]:
+    """Where the data have the captions that an oracle learns from."""
+    of_pairs = {pair.text for pair in world.data.pairs}
+    if captions == "held out, too":
+        of_pairs |= {*world.data.validation, *world.data.comparison}
+    return sorted(of_pairs)
+
+
+def loss_on(
+    world: common_flux.TinyFlux, bank: Bank, student: sc.Velocity
+) -> Callable[[int], Tensor]:
+    """Loss of a student in an iteration, on exact targets."""
+
+    def loss(iteration: int) -> Tensor:
+        generator = fd.keyed(world.settings.seed, "oracle", iteration)
+        x, t, mean, rows = bank.draw(common_flux.BATCH, generator)
+        cond = world.cache.conditions(rows, world.settings.guidance)
+        return (student(x, t, **cond) - mean).square().mean()
+
+    return loss
+
+
 def train_all_weights(loss, net: nn.Module, iterations: int, rate: float) -> Iterator[int]:
     """As TinyFlux.minimize trains a LoRA."""
     optimizer = torch.optim.AdamW(net.parameters(), rate, weight_decay=1e-4)
@@ -85,12 +107,7 @@ def measure(weights: str, captions: str, seed: int, length: float) -> dict:
 
 def train_oracle(world: common_flux.TinyFlux, weights: str, captions: str, length: float) -> dict:
     """Train one on the teacher's paths; see `measure`."""
-    settings = world.settings
-    data = world.data
-    texts = sorted({pair.text for pair in data.pairs})
-    if captions == "held out, too":
-        texts = list(range(len(data.texts)))
-    bank = Bank(world, texts, common.shortened(PATHS, length))
+    bank = Bank(world, places(world, captions), common.shortened(PATHS, length))
     iterations = common.shortened(ITERATIONS, length)
     snapshots = {common.shortened(iteration, length) for iteration in SNAPSHOTS}
     teacher = world.distance(world.velocity(None), STEPS)
@@ -103,12 +120,7 @@ def train_oracle(world: common_flux.TinyFlux, weights: str, captions: str, lengt
         net = family.transformer.from_pretrained(common_flux.TINY / "transformer")
         student = partial(family.velocity, net.float())
 
-    def loss(iteration: int) -> Tensor:
-        generator = fd.keyed(settings.seed, "oracle", iteration)
-        x, t, mean, rows = bank.draw(common_flux.BATCH, generator)
-        cond = world.cache.conditions(rows, settings.guidance)
-        return (student(x, t, **cond) - mean).square().mean()
-
+    loss = loss_on(world, bank, student)
     if weights == "LoRA":
         steps = world.minimize(loss, lora_weights, iterations, RATES[weights], falling=True)
     else:
