@@ -450,15 +450,7 @@ def make_pipeline(sizes: Sizes) -> FluxPipeline:
     texts = text_side()
     vae = train_vae(sizes, generator, device)
     net = make_transformer(sizes)
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        shift=3.0,
-        use_dynamic_shifting=True,
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=256,
-        max_image_seq_len=4096,
-    )
-    pipe = FluxPipeline(scheduler=scheduler, vae=vae, transformer=net, **texts).to(device)
+    pipe = FluxPipeline(scheduler=scheduler(), vae=vae, transformer=net, **texts).to(device)
     print(
         f"{millions(net):.2f} M parameters in the transformer, {millions(vae):.2f} M in the VAE",
         flush=True,
@@ -468,6 +460,18 @@ def make_pipeline(sizes: Sizes) -> FluxPipeline:
     distil_guidance(net, data, sizes, generator)
     refine_decoder(vae, sizes)
     return pipe
+
+
+def scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """With the settings of FLUX.1-dev's, whose shift depends on the size of the image."""
+    return FlowMatchEulerDiscreteScheduler(
+        shift=3.0,
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+    )
 
 
 def make_transformer(sizes: Sizes) -> FluxTransformer2DModel:

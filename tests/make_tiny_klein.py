@@ -17,7 +17,6 @@ import make_tiny_flux as tiny
 import torch
 from diffusers import (
     AutoencoderKLFlux2,
-    FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
 )
@@ -179,15 +178,7 @@ def make_pipeline(sizes: Sizes) -> Flux2KleinPipeline:
     texts = text_side()
     vae = train_vae(sizes, generator)
     net = make_transformer(sizes)
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        shift=3.0,
-        use_dynamic_shifting=True,
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=256,
-        max_image_seq_len=4096,
-    )
-    pipe = Flux2KleinPipeline(scheduler=scheduler, vae=vae, transformer=net, **texts)
+    pipe = Flux2KleinPipeline(scheduler=tiny.scheduler(), vae=vae, transformer=net, **texts)
     sizes_of = f"{tiny.millions(net):.2f} M parameters in the transformer"
     print(f"{sizes_of}, {tiny.millions(vae):.2f} M in the VAE", flush=True)
     train_klein(net, make_data(pipe, sizes, generator), sizes, generator)
