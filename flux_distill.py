@@ -917,7 +917,7 @@ class Flux2(Family):
 
     Latents are a sixteenth of the pixels high and wide: 2 x 2 patches of the VAE's, normalised by
     its batch norm. Conditions are "text" (B, T, D), "guidance" (B,) and, with true guidance,
-    "empty" (B, T, D), the embedding of no text.
+    "empty_text" (B, T, D), that of no text.
     """
 
     names = "FLUX.2-klein-base and FLUX.2-dev"
@@ -993,9 +993,9 @@ class Flux2(Family):
         *,
         text: Tensor,
         guidance: Tensor,
-        empty: Tensor | None = None,
+        empty_text: Tensor | None = None,
     ) -> Tensor:
-        # `empty` is for the teacher alone.
+        # `empty_text` is for the teacher alone.
         dtype = dtype or net.dtype
         v = net(
             hidden_states=x.flatten(2).mT.to(dtype),
@@ -1016,13 +1016,13 @@ class Flux2(Family):
         *,
         text: Tensor,
         guidance: Tensor,
-        empty: Tensor | None = None,
+        empty_text: Tensor | None = None,
     ) -> Tensor:
         if not self.true_guidance:
             return self.velocity(net, x, t, dtype, text=text, guidance=guidance)
         # With and without text in one pass of 2 B rows, which counts as two network calls.
         twice = x.repeat(2, 1, 1, 1), t.repeat(2)
-        texts = torch.cat([text, empty])
+        texts = torch.cat([text, empty_text])
         both = self.velocity(net, *twice, dtype, text=texts, guidance=guidance.repeat(2))
         with_text, without = both.chunk(2)
         return without + guidance[:, None, None, None] * (with_text - without)
@@ -1034,7 +1034,7 @@ class Flux2(Family):
         side = 2 * pipe.vae_scale_factor  # of a token, in pixels
         options = {"guidance_scale": cond["guidance"][0].item()}
         if self.true_guidance:
-            options["negative_prompt_embeds"] = cond.get("empty")
+            options["negative_prompt_embeds"] = cond.get("empty_text")
             if not guided:
                 options["guidance_scale"] = 1.0  # which the pipeline takes for none
         latents = pipe(
@@ -1329,7 +1329,7 @@ class Cache:
         self.machine = model.machine
         self.data = data
         self.keys = {"text": data.text_keys, "latent": data.latent_keys}
-        self.empty = None  # embedding (1, T, D) of no text, once it is read
+        self.empty = None  # conditions of no text, with one row each, once they are read
 
     def path(self, kind: str, i: int) -> Path:
         return cache_file(self.settings.out, kind, self.keys[kind][i])
@@ -1368,8 +1368,10 @@ class Cache:
         cond = {name: value.to(device) for name, value in cond.items()}
         if self.data.empty is not None:
             if self.empty is None:
-                self.empty = self.read("text", [self.data.empty])["text"].to(device)
-            cond["empty"] = self.empty.expand_as(cond["text"])
+                entry = self.read("text", [self.data.empty])
+                self.empty = {name: value.to(device) for name, value in entry.items()}
+            for name, value in self.empty.items():
+                cond[f"empty_{name}"] = value.expand_as(cond[name])
         return cond
 
     def noise(self, keys: list[tuple]) -> Tensor:

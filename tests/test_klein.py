@@ -151,8 +151,8 @@ def test_a_text_is_what_the_pipeline_makes_of_it(setup):
         assert_close(setup.cache.read("text", [i])["text"], embeddings)
         assert ids.tolist() == [[[0, 0, 0, k] for k in range(8)]]
     cond = setup.cache.conditions([0, 1], GUIDANCE)
-    assert cond.keys() == {"text", "guidance", "empty"}
-    assert torch.equal(cond["empty"][0], cond["empty"][1])
+    assert cond.keys() == {"text", "guidance", "empty_text"}
+    assert torch.equal(cond["empty_text"][0], cond["empty_text"][1])
 
 
 def test_tokens_are_counted_with_the_template(setup):
@@ -242,7 +242,7 @@ def test_the_teacher_is_the_stock_pipeline_at_the_same_guidance(setup, guidance,
     def stock(guidance: float) -> Tensor:
         latents = pipe(
             prompt_embeds=cond["text"],
-            negative_prompt_embeds=cond["empty"],
+            negative_prompt_embeds=cond["empty_text"],
             height=8 * size[0],
             width=8 * size[1],
             guidance_scale=guidance,
@@ -286,14 +286,14 @@ def test_one_batch_of_both_texts_is_two_calls(setup):
     with torch.no_grad():
         together = family.teacher_velocity(net, x, t, **cond)
         plain = family.velocity(net, x, t, **cond)
-        without = family.velocity(net, x, t, **cond | {"text": cond["empty"]})
+        without = family.velocity(net, x, t, **cond | {"text": cond["empty_text"]})
     guidance = cond["guidance"][:, None, None, None]
     assert_close(together, without + guidance * (plain - without), **EXACT)
 
 
 def test_a_teacher_without_the_empty_text_is_an_error(setup):
     cond = setup.cache.conditions([0], GUIDANCE)
-    del cond["empty"]
+    del cond["empty_text"]
     with pytest.raises(TypeError):
         new_lora(setup).velocity(None)(setup.cache.noise([(0,)]), torch.ones(1), **cond)
 
