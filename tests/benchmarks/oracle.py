@@ -156,7 +156,7 @@ def tables(rows: list[common.Row]) -> list[str]:
     teacher = common.mean_text([some[0].found["teacher"] for some in by_seed.values()])
     head = ["weights", "captions", *(f"{n} iterations" for n in columns)]
     return [
-        f"{len(by_seed)} seeds; the teacher in {STEPS} steps: {teacher}",
+        f"{fd.counted(by_seed, 'seed')}; the teacher in {STEPS} steps: {teacher}",
         *common.table(head, lines),
     ]
 

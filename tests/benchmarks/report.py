@@ -96,12 +96,12 @@ not fall. A large fraction of data rows costs nothing there, and gains little in
 many guided steps than 8 guided steps, which take 16 calls. A warm start on the guided velocity
 helps a little where there is no guidance to learn; with guidance it does not, or does harm. The
 scale is no dial for other numbers of steps, for it changes the guidance, too.""",
-    "oracle": """Students on exact targets end somewhat nearer than the demonstration's, after twenty
-times its iterations. On the way errors rise and fall by a third; only the last ones, at a falling
-rate, compare. It makes no clear difference whether all weights are trained or a LoRA, nor whether
-the held-out captions are among those it learns: what is left lies in the network, which in one call
-can't tell where a third of the path leads. That may also be why the look-ahead that was measured on
-the tiny Flux falls short of the prediction; it was not tried.""",
+    "oracle": """Students on exact targets end somewhat nearer than the demonstration's, after
+twenty times its iterations. On the way errors rise and fall by a third; only the last ones, at a
+falling rate, compare. It makes no clear difference whether all weights are trained or a LoRA, nor
+whether the held-out captions are among those it learns: what is left lies in the network, which in
+one call can't tell where a third of the path leads. That may also be why the look-ahead that was
+measured on the tiny Flux falls short of the prediction; it was not tried.""",
     "gpu": """cuDNN's attention has right velocities and wrong gradients; the other kernels agree
 with plain attention. Compiled, a step reaches six tenths of the rate of a large matrix product,
 eager one half: between the matrix products an eager step runs norms, gates, rotations and
