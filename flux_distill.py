@@ -93,16 +93,14 @@ COUNT = at_least(1)
 SHIFT = at_least(1e-3, high=1e3)  # further out, times round to 0 or 1 in float32
 PAPER_GUIDANCE = (0.0, 8.0)  # range of guidance in the paper
 LONGEST_TEXT = 512  # tokens that the stock pipelines accept
-# FLUX.2's defaults, where they differ from those of Settings. The stock pipeline's shift grows with
-# the image and falls with the number of steps: 5.5 to 6.2 for 50 to 32 steps at 512 px, 7.6 to 8.4
-# at 1024 px. The range is as wide as FLUX.1's, relative to its middle. Texts are padded as in the
-# pipeline. The modulation, by which blocks know the time, lies outside of them.
-FLUX2_DEFAULTS = {
+FLUX2_DEFAULTS = {  # where they differ from those of Settings
+    # The stock pipeline's shift grows with the image and falls with the number of steps: 5.5 to 6.2
+    # for 50 to 32 steps at 512 px, 7.6 to 8.4 at 1024 px.
     "shift": 6.0,
-    "shift_range": (4.0, 8.0),
+    "shift_range": (4.0, 8.0),  # as wide as FLUX.1's, relative to its middle
     "guidance": 4.0,
-    "text_tokens": LONGEST_TEXT,
-    "layers": "all",
+    "text_tokens": LONGEST_TEXT,  # as in the stock pipeline
+    "layers": "all",  # the modulation, which tells blocks the time, lies outside the blocks
 }
 PAPER_SHIFTS = (2.5, 4.5)  # range of time shifts in the paper
 
@@ -144,7 +142,7 @@ class Settings:
     shift_range: tuple[float, float] = flag((2.0, 4.0), weights=True, type=SHIFT, nargs=2,
         metavar=("LOW", "HIGH"),
         text="range of the time shift in training; windows are matched to its middle, which should"
-        " be --shift; with --paper the paper's 2.5 4.5 for FLUX.1")
+        " be --shift; with --paper FLUX.1's default is the paper's 2.5 4.5")
     shift: float = flag(3.0, sampling=True, type=SHIFT,
         text="time shift of sampling")
     guidance: float = flag(3.5, sampling=True, type=at_least(0.0),
@@ -237,7 +235,7 @@ def parse(argv: list[str] | None) -> Settings:
         if isinstance(value, list):
             given[name] = tuple(value)
     flags = frozenset(given)
-    if "paper" in given:  # not among the flags: the range of another family replaces it
+    if "paper" in given:  # not added to `flags`, so that another family's range replaces it
         given.setdefault("shift_range", PAPER_SHIFTS)
     settings = Settings(**given, given=flags)
     complaint = wrong_combination(settings)
@@ -438,6 +436,9 @@ def distil(settings: Settings, machine: Machine) -> None:
         results = finished(run)
         if not results:
             results = run_phases(settings, machine, run, cache)
+        family = cache.model.family
+        if machine.lead and family.comfyui_file != LORA:
+            save_for_comfyui(run, family)
     if machine.lead:
         print(
             "RMSE of latents / PSNR of images, compared with the teacher's"
@@ -445,7 +446,8 @@ def distil(settings: Settings, machine: Machine) -> None:
         )
         print(markdown(results))
         print(f"On the validation prompts, at scale 1: {results['adapter']['note']}")
-        print(f"adapter, model card (README.md), images and tables in {run.out}/")
+        comfyui = f", {COMFYUI_LORA}" if family.comfyui_file == COMFYUI_LORA else ""
+        print(f"adapter{comfyui}, model card (README.md), images and tables in {run.out}/")
 
 
 def run_phases(settings: Settings, machine: Machine, run: Run, cache: Cache) -> dict | None:
@@ -460,10 +462,7 @@ def run_phases(settings: Settings, machine: Machine, run: Run, cache: Cache) -> 
     with costs.phase("compare"):
         results = compare(settings, cache, run)
     family = cache.model.family
-    files = {"README.md", "comparison.png", family.comfyui_file}
-    results |= {"phases": costs.phases, "machine": machine.describe(), "files": sorted(files)}
-    if family.comfyui_file != LORA:
-        save_for_comfyui(run, family)
+    results |= {"phases": costs.phases, "machine": machine.describe()}
     card_text = card(results, run.out, family, machine)
     write_text(run.out / "README.md", card_text)
     write_text(run.out / "results.json", json.dumps(results, indent=1) + "\n")
@@ -502,17 +501,18 @@ def prepare(settings: Settings, machine: Machine) -> tuple[Settings, Run, Cache]
 
 
 def refuse_untrained(settings: Settings, family: Family) -> None:
-    """Ends if the student would sample at a guidance or a shift that its training does not have."""
-    if family.true_guidance and settings.guidance <= 1:  # the stock pipeline would ignore it
-        die(f"--guidance {settings.guidance:g} must be above 1: at 1 and below there is none")
-    low, high = family.training_guidance(settings.guidance)
-    if settings.guidance > high:
-        die(f"--guidance {settings.guidance:g} is not trained: give {low:g} to {high:g}")
+    """Ends if the student would sample at a guidance or shift outside of its training."""
+    guidance = settings.guidance
+    if family.true_guidance and guidance <= 1:
+        die(f"--guidance {guidance} must be above 1: at 1 or below the pipeline applies none")
+    low, high = family.training_guidance(guidance)
+    if guidance > high:
+        die(f"--guidance {guidance} is outside the range of the training: give {low:g} to {high:g}")
     low, high = settings.shift_range
     if not low <= settings.shift <= high:
         die(
-            f"--shift {settings.shift:g} is not in --shift-range {low:g} {high:g}: give both, the"
-            " range with the shift in its middle"
+            f"--shift {settings.shift} is outside the range of the training, {low} to {high}:"
+            " train with another --shift-range, in another --out"
         )
 
 
@@ -521,8 +521,8 @@ def finished(run: Run) -> dict | None:
     with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         results = json.loads((run.out / "results.json").read_text())
         in_file = read_metadata(run.lora).get("key")
-        is_whole = all((run.out / name).exists() for name in results["files"])
-        if is_whole and in_file == results["adapter"]["key"] == run.key:
+        all_exist = all((run.out / name).exists() for name in ("README.md", "comparison.png"))
+        if all_exist and in_file == results["adapter"]["key"] == run.key:
             return results
     return None
 
@@ -608,7 +608,10 @@ def other_licence(name: str) -> dict[str, str]:
 
 
 class Family:
-    """What is specific to a family of models; a new one is a subclass, entered in FAMILIES.
+    """What is specific to a family of models.
+
+    A new family is a subclass, entered in FAMILIES; if it has defaults of its own, make_parser is
+    to name them.
 
     A family is made from a pipeline's model_index.json and the config of its transformer. The rest
     of the script sees latents (B, C, H, W), conditions (tensors with a row for each of B), and the
@@ -734,6 +737,10 @@ class Family:
 
         guided: as the teacher does; it matters only with true guidance.
         """
+        raise NotImplementedError
+
+    def for_comfyui(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The LoRA of a file of ours under the names in `comfyui_file`, if that is another file."""
         raise NotImplementedError
 
     def licence(self, base_model: str) -> dict[str, str]:
@@ -1021,9 +1028,10 @@ class Flux2(Family):
         if not self.true_guidance:
             return self.velocity(net, x, t, dtype, text=text, guidance=guidance)
         # With and without text in one pass of 2 B rows, which counts as two network calls.
-        twice = x.repeat(2, 1, 1, 1), t.repeat(2)
+        x_twice = x.repeat(2, 1, 1, 1)
+        t_twice = t.repeat(2)
         texts = torch.cat([text, empty_text])
-        both = self.velocity(net, *twice, dtype, text=texts, guidance=guidance.repeat(2))
+        both = self.velocity(net, x_twice, t_twice, dtype, text=texts, guidance=guidance.repeat(2))
         with_text, without = both.chunk(2)
         return without + guidance[:, None, None, None] * (with_text - without)
 
@@ -1051,7 +1059,7 @@ class Flux2(Family):
         return latents.mT.unflatten(2, (height, width))
 
     def for_comfyui(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A LoRA in the names and layers of the code that FLUX.2 was published with.
+        """In the names and layers of the code that FLUX.2 was published with.
 
         ComfyUI uses these names. It has those of diffusers too, but for layers inside the blocks
         alone. There q, k and v are one layer, and the last modulation has its halves exchanged.
@@ -1484,7 +1492,7 @@ def text_length(settings: Settings, model: Model) -> int:
         )
     length = min(settings.text_tokens, most)
     (template,) = model.family.count_tokens(pipe, [""])
-    if length <= template:  # a text would be cut to nothing, or to a part of what is around it
+    if length <= template:  # no token of a text itself would be left
         die(f"--text-tokens {length} leaves no room for a text: give more than {template}")
     return length
 
@@ -1716,9 +1724,8 @@ def restore(settings: Settings, cache: Cache, run: Run) -> tuple[LoRA, TrainStat
         state.load(run.state)
     elif run.lora.exists():
         die(
-            f"{run.lora} is finished but {run.state} is missing, which other settings of"
-            " calibration and comparison need: give another --out, or delete the LoRA to train"
-            " again"
+            f"{run.lora} is finished and is left alone; to calibrate or compare it again,"
+            f" {run.state} or {run.check} would be needed, which are missing: give another --out"
         )
     return lora, state
 
@@ -2180,7 +2187,7 @@ def has_diverged(settings: Settings, row: dict[str, float], factor: float = 2.0)
 
 
 def verdict(settings: Settings, row: dict[str, float], scale_helps: bool = True) -> str:
-    """In words, whether the student learned. scale_helps: whether its scale may mend overshoot."""
+    """In words, whether the student learned. scale_helps: whether its scale corrects overshoot."""
     N = settings.student_steps
     student = row["rmse"]
     teacher = row["teacher_rmse"]
@@ -2264,8 +2271,8 @@ def calibrate(settings: Settings, run: Run, validation: Validation, state: Train
             uncalibrated.append(n)
             scales[n] = 1.0
     row = validation.report(weights, run.out / "validation/saved.png")
-    note = verdict(settings, row, scale_helps=N not in uncalibrated and scales[N] < 1)
-    shown = recommended({"student_steps": N, "scales": scales}, model.family)
+    note = verdict(settings, row, scale_helps=scales[N] < 1)  # 1: none was found
+    shown = recommended(N, scales, model.family)
     missing = [n for n in uncalibrated if n in shown]
     if missing:
         note += f". {no_scale(missing)}"
@@ -2281,6 +2288,7 @@ def calibrate(settings: Settings, run: Run, validation: Validation, state: Train
     write_tensors(run.check, {"latents": check}, {"key": run.key})
     metadata = {
         "base_model": run.base_model,
+        "pipeline": model.family.pipeline.__name__,
         "student_steps": N,
         "shift": settings.shift,
         "scales": scales,
@@ -2304,10 +2312,12 @@ def calibrate(settings: Settings, run: Run, validation: Validation, state: Train
     )
 
 
-def save_for_comfyui(run: Run, family: Flux2) -> None:
+def save_for_comfyui(run: Run, family: Family) -> None:
     """Save the LoRA once more, under the names by which ComfyUI finds every layer."""
-    tensors = family.for_comfyui(load_file(run.lora))
-    write_tensors(run.out / family.comfyui_file, tensors, {"base_model": run.base_model})
+    path = run.out / family.comfyui_file
+    if read_metadata(path).get("key") != run.key:  # it is missing, damaged, or of another run
+        tensors = family.for_comfyui(load_file(run.lora))
+        write_tensors(path, tensors, {"base_model": run.base_model, "key": run.key})
 
 
 def no_scale(steps: list[int]) -> str:
@@ -2438,6 +2448,13 @@ def render(settings: Settings, machine: Machine) -> None:
     adapter = read_adapter(out)
     settings = follow_adapter(settings, adapter)
     model = Model(settings.model, machine, settings.quantize)
+    other_model = (
+        f"{out / LORA} was made for {adapter['base_model']}, and --model {settings.model} is a"
+        " different model: give the one it was made for"
+    )
+    if adapter.get("pipeline", model.family.pipeline.__name__) != model.family.pipeline.__name__:
+        die(other_model)
+    refuse_untrained(settings, model.family)
     is_other = settings.guidance != adapter["guidance"]
     if model.family.true_guidance and is_other:
         die(
@@ -2445,22 +2462,25 @@ def render(settings: Settings, machine: Machine) -> None:
             f" {adapter['guidance']:g}, and no other can be had from it: leave the flag out"
         )
     N = settings.student_steps
-    if N not in recommended(adapter, model.family):
+    shown = recommended(adapter["student_steps"], adapter["scales"], model.family)
+    if N not in shown and model.family.true_guidance:
         die(
             f"--student-steps {N}: the student in --out {out} was distilled for"
             f" {adapter['student_steps']}, and its scale for others changes its guidance, too:"
             " leave the flag out, or distil another student"
         )
+    if N not in shown:
+        die(
+            f"--student-steps {N}: the adapter in --out {out} has scales for {listed(shown)} steps,"
+            " give one of these"
+        )
     if N in adapter["uncalibrated"]:
-        others = set(recommended(adapter, model.family)) - set(adapter["uncalibrated"])
+        others = set(shown) - set(adapter["uncalibrated"])
         advice = "give another --student-steps" if others else "distil again, for longer"
         tqdm.write(f"{no_scale([N])}: {advice}", file=sys.stderr)
     model.download()
     if adapter["settings"]["model"] != model.fingerprint:
-        die(
-            f"{out / LORA} was made for {adapter['base_model']}, and --model {settings.model} is a"
-            " different model: give the one it was made for"
-        )
+        die(other_model)
     texts = list(settings.sample)
     encoded = encode_texts(settings, model, texts)
     name_cut_texts(settings, model, texts)
@@ -2488,12 +2508,12 @@ def render(settings: Settings, machine: Machine) -> None:
         print(path)
 
 
-def recommended(adapter: dict, family: Family) -> list[int]:
+def recommended(student_steps: int, scales: dict[int, float], family: Family) -> list[int]:
     """Numbers of steps for which the LoRA has a scale that can be recommended.
 
     With true guidance the scale changes the guidance, too: at 0 there is none.
     """
-    return [adapter["student_steps"]] if family.true_guidance else list(adapter["scales"])
+    return [student_steps] if family.true_guidance else list(scales)
 
 
 def follow_adapter(settings: Settings, adapter: dict) -> Settings:
@@ -2504,6 +2524,7 @@ def follow_adapter(settings: Settings, adapter: dict) -> Settings:
     made_with["text_tokens"] = adapter["max_sequence_length"]
     made_with["quantize"] = adapter["settings"]["quantize"]
     made_with["model"] = adapter["base_model"]
+    made_with["shift_range"] = tuple(adapter["settings"]["shift_range"])
     if "/" not in made_with["model"] and "model" not in settings.given:
         die(
             f"the adapter in --out {settings.out} was made for {made_with['model']}, a folder: say"
@@ -2516,12 +2537,6 @@ def follow_adapter(settings: Settings, adapter: dict) -> Settings:
         die(
             f"the adapter in --out {settings.out} is for an int8 base, which needs torchao: pip"
             " install torchao"
-        )
-    N = settings.student_steps
-    if N not in adapter["scales"]:
-        die(
-            f"--student-steps {N}: the adapter in --out {settings.out} has scales for"
-            f" {listed(adapter['scales'])} steps, give one of these"
         )
     return settings
 
@@ -2986,12 +3001,13 @@ def card(results: dict, out: Path, family: Family, machine: Machine) -> str:
             f" on, {low:g} to {high:g}."
         )
     sentence = f"On the validation prompts, at scale 1: {adapter['note']}."
-    missing = set(adapter["uncalibrated"]).intersection(recommended(adapter, family))
+    shown = recommended(N, adapter["scales"], family)
+    missing = set(adapter["uncalibrated"]).intersection(shown)
     is_warning = "WARNING" in sentence or missing
     rows = ["| steps | scale, or strength | times for ManualSigmas |", "| --- | --- | --- |"]
-    for n in recommended(adapter, family):
-        shown = "none found" if n in missing else adapter["scales"][n]
-        rows.append(f"| {n} | {shown} | `{format_times(n, shift)}` |")
+    for n in shown:
+        cell = "none found" if n in missing else adapter["scales"][n]
+        rows.append(f"| {n} | {cell} | `{format_times(n, shift)}` |")
     if family.true_guidance:
         rows.append(OWN_STEPS)
     guidance_node = ""
@@ -3329,7 +3345,7 @@ def check_memory(settings: Settings, model: Model) -> None:
         die(
             f"--model {model.name} has {parameters / 1e9:.0f} billion parameters and PyTorch sees"
             f" no GPU: use one with {model.family.gpu} (if nvidia-smi shows one, its driver is"
-            " older than 580: pip install 'torch<2.11'), or try --model {model.family.tiny} here"
+            f" older than 580: pip install 'torch<2.11'), or try --model {model.family.tiny} here"
         )
     bytes_each = machine.dtype.itemsize
     blocks = len(blocks_of(net))

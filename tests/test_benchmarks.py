@@ -54,6 +54,7 @@ SLOW_RUNS = [  # more than 10 s
     ("fusion", f"--parts flux --length 0.002 {ONE}", "tiny Flux"),
     ("flux", f"--parts 'all pairs' 'ten pairs' --length 0.01 {ONE}", "lam: all pairs"),
     ("klein", f"--length 0.01 {ONE}", "the guided teacher's in 8"),
+    ("klein", f"--parts oracle --length 0.01 {ONE}", "held out, too"),
     ("quality", f"--length 0.01 --figure figure.png {ONE}", "UniPC"),
     ("speed", f"--parts small --length 0.5 {ONE}", "the latents of one image"),
     ("fewshot", f"--first 1 --length 0.01 {ONE}", "ratio, strangers"),

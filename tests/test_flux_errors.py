@@ -68,12 +68,13 @@ def test_schnell(tmp_path):
 
 
 def test_a_guidance_beyond_the_training(tmp_path):
-    says("--guidance 8.5 is not trained: give 0 to 8", "--guidance", 8.5, "--out", tmp_path / "out")
+    sentence = "--guidance 8.5 is outside the range of the training: give 0 to 8"
+    says(sentence, "--guidance", 8.5, "--out", tmp_path / "out")
 
 
 @pytest.mark.parametrize("shift", [1.9, 4.1])
 def test_a_shift_beyond_the_training(tmp_path, shift):
-    sentence = f"--shift {shift} is not in --shift-range 2 4: give both"
+    sentence = f"--shift {shift} is outside the range of the training, 2.0 to 4.0: train with"
     says(sentence, "--shift", shift, "--out", tmp_path / "out")
 
 
@@ -94,7 +95,7 @@ def test_another_family_of_models(tmp_path):
 
 def test_a_large_model_without_a_gpu(tmp_path):
     folder = edited(tmp_path, "transformer/config.json", **FLUX)
-    sentence = "12 billion parameters and PyTorch sees no GPU.*older than 580"
+    sentence = "12 billion parameters and PyTorch sees no GPU.*older than 580.*--model tests/tiny_"
     says(sentence, "--model", folder, "--out", tmp_path / "out")
 
 

@@ -569,7 +569,7 @@ def rendered(monkeypatch):
 def scaled(done, tmp_path) -> Path:
     """A finished run whose LoRA says that it was made with other values than the defaults."""
     out = copied(done, tmp_path / "out")
-    made_with = {"student_steps": 2, "shift": 1.25, "guidance": 2.0, "scales": {"2": 1.5, "3": 2.5}}
+    made_with = {"student_steps": 2, "shift": 2.25, "guidance": 2.0, "scales": {"2": 1.5, "3": 2.5}}
     adapter = fd.read_metadata(out / fd.LORA) | made_with
     fd.write_tensors(out / fd.LORA, load_file(out / fd.LORA), adapter)
     return out
@@ -577,7 +577,7 @@ def scaled(done, tmp_path) -> Path:
 
 def test_sample_renders_as_the_lora_was_made(scaled, rendered, capsys):
     call = rendered(scaled)
-    assert (call.steps, call.scale, call.shift, call.guidance) == (2, 1.5, 1.25, 2.0)
+    assert (call.steps, call.scale, call.shift, call.guidance) == (2, 1.5, 2.25, 2.0)
     path = Path(capsys.readouterr().out.strip())
     with Image.open(path) as image:
         assert image.size == (32, 32)
@@ -606,6 +606,13 @@ def test_sample_refuses_steps_that_the_lora_has_no_scale_for(scaled, rendered, s
     sentence = f"--student-steps {steps}: .* scales for 2 or 3 steps, give one of these"
     with pytest.raises(SystemExit, match=sentence):
         rendered(scaled, "--student-steps", steps)
+
+
+@pytest.mark.parametrize("flag, value", [("--guidance", 8.5), ("--shift", 4.5)])
+def test_sample_refuses_what_the_student_was_not_trained_for(scaled, rendered, flag, value):
+    sentence = f"{flag} {value} is outside the range of the training"
+    with pytest.raises(SystemExit, match=sentence):
+        rendered(scaled, flag, str(value))
 
 
 def test_sample_names_the_only_number_of_steps_that_the_lora_has_a_scale_for(scaled, rendered):

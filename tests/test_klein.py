@@ -6,6 +6,7 @@ is wrong: another image, and no error.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from faults import before_network_calls
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_runs import calls_by_phase, copied, fd, new_lora, prepared, run, same_run, says
+from tiny_runs import TINY, calls_by_phase, copied, fd, new_lora, prepared, run, same_run, says
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -566,7 +567,9 @@ def test_a_layer_that_has_no_name_in_comfyui_is_an_error(setup):
         setup.model.family.for_comfyui(tensors)
 
 
-def test_a_run_leaves_the_file_for_comfyui_and_makes_it_again(finished, setup, tmp_path):
+@pytest.mark.parametrize("damage", ["deleted", "cut", "of another run"])
+def test_a_run_leaves_the_file_for_comfyui_and_makes_it_again(finished, setup, tmp_path, damage):
+    """From the LoRA alone, whatever else was deleted."""
     out = copied(finished.out, tmp_path / "out")
     path = out / fd.COMFYUI_LORA
     made = load_file(path)
@@ -574,9 +577,24 @@ def test_a_run_leaves_the_file_for_comfyui_and_makes_it_again(finished, setup, t
     assert made.keys() == expected.keys()
     assert all(torch.equal(made[name], expected[name]) for name in made)
     assert "Put `comfyui.safetensors` into `models/loras`" in (out / "README.md").read_text()
+    shutil.rmtree(out / "cache")
+    shutil.rmtree(out / "checkpoint")
+    before = path.read_bytes()
     path.unlink()
+    if damage == "cut":
+        path.write_bytes(before[: len(before) // 2])
+    elif damage == "of another run":
+        fd.write_tensors(path, {"x": torch.ones(1)}, {"key": "another"})
     run(out, *FLAGS)
-    assert load_file(path).keys() == made.keys()
+    again = load_file(path)
+    assert again.keys() == made.keys()
+    assert all(torch.equal(made[name], again[name]) for name in made)
+
+
+def test_sample_of_another_familys_student_is_refused_for_that_reason(finished):
+    flags = ("--model", TINY, "--out", finished.out, "--guidance", 3, "--sample", "a fox")
+    with pytest.raises(SystemExit, match=r"was made for tiny_klein, and .* different model"):
+        fd.main(list(map(str, flags)))
 
 
 def test_diffusers_takes_the_other_file_where_no_name_is_given(finished):
@@ -711,14 +729,14 @@ def test_a_transformer_that_takes_guidance_does_not_belong_to_klein(tmp_path, gu
 
 @pytest.mark.parametrize("guidance", [0.5, 1])
 def test_a_guidance_that_does_not_guide_is_refused(tmp_path, guidance):
-    says(f"--guidance {guidance} must be above 1", *FLAGS[:-1], guidance, "--out", tmp_path / "o")
+    sentence = f"--guidance {guidance:.1f} must be above 1"
+    says(sentence, *FLAGS[:-1], guidance, "--out", tmp_path / "o")
 
 
 @pytest.mark.parametrize("shift", [3.9, 8.1])
 def test_a_shift_outside_the_range_of_the_training_is_refused(tmp_path, shift):
-    says(
-        f"--shift {shift} is not in --shift-range 4 8", *FLAGS, "--shift", shift, "--out", tmp_path
-    )
+    sentence = f"--shift {shift} is outside the range of the training, 4.0 to 8.0"
+    says(sentence, *FLAGS, "--shift", shift, "--out", tmp_path)
 
 
 def test_texts_that_would_be_cut_to_nothing_are_refused(tmp_path):

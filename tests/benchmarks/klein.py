@@ -11,7 +11,8 @@ the guided teacher in 3, and shows its captions at least as often as the guided 
 Without guidance the teacher shows them visibly less often.
 
 "oracle" asks how near any such student can come: the same LoRA, regressed on exact mean velocities
-at the sampler's own times, without bootstrapping and EMA, as in oracle.py.
+at the sampler's own times, without bootstrapping and EMA, as in oracle.py, but on 3,200 paths in
+1,200 iterations.
 """
 
 import tempfile
@@ -52,12 +53,12 @@ def measure(seed: int, length: float) -> dict:
 
 
 class Judge:
-    """Sees how often samplers show the comparison's captions."""
+    """Measures how often a sampler's images show their caption, on those of the comparison."""
 
     @torch.no_grad()
     def __init__(self, world: TinyFlux, noises: int, length: float):
         self.world = world
-        self.judge = common_flux.train_judge(common.shortened(500, length))
+        self.network = common_flux.train_judge(common.shortened(500, length))
         texts = world.data.texts
         rows = [(i, k) for k in range(noises) for i in world.data.comparison]
         self.cond = world.cache.conditions([i for i, _ in rows], world.settings.guidance)
@@ -70,7 +71,7 @@ class Judge:
         times = sc.time_grid(steps, self.world.settings.shift)
         latents = sc.euler_sample(velocity, self.noise, times, **self.cond)
         images = images_of(self.world, latents)
-        return common_flux.look(self.judge, images, self.captions)["shown"]
+        return common_flux.look(self.network, images, self.captions)["shown"]
 
 
 def shown(settings: fd.Settings, results: dict, noises: int, length: float) -> dict[str, float]:
@@ -93,7 +94,7 @@ def shown(settings: fd.Settings, results: dict, noises: int, length: float) -> d
 
 
 def measure_oracle(captions: str, seed: int, length: float) -> dict:
-    """Of a student on exact targets: distance in 3 steps, and how often its captions are seen."""
+    """Distance in 3 steps of a student on exact targets, and how often its captions are seen."""
     with tempfile.TemporaryDirectory() as folder:
         settings = common_flux.demonstration(Path(folder), seed, *FLAGS, length=length)
         world = TinyFlux(settings)
@@ -117,10 +118,12 @@ def images_of(world: TinyFlux, latents: Tensor) -> Tensor:
 
 
 def tasks(flows, seeds) -> dict[str, list[common.Task]]:
-    exact = [{"captions": captions, "seed": seed} for seed in seeds for captions in oracle.CAPTIONS]
+    of_oracle = [
+        {"captions": captions, "seed": seed} for seed in seeds for captions in oracle.CAPTIONS
+    ]
     return {
         "klein": [common.Task(measure, {"seed": seed}) for seed in seeds],
-        "oracle": [common.Task(measure_oracle, settings) for settings in exact],
+        "oracle": [common.Task(measure_oracle, settings) for settings in of_oracle],
     }
 
 
@@ -128,8 +131,14 @@ def tasks(flows, seeds) -> dict[str, list[common.Task]]:
 
 
 def tables(rows: list[common.Row]) -> list[str]:
-    exact = common.where(rows, "oracle")
-    rows = common.where(rows, "klein")
+    return table_of_students(common.where(rows, "klein")) + table_of_oracles(
+        common.where(rows, "oracle")
+    )
+
+
+def table_of_students(rows: list[common.Row]) -> list[str]:
+    if not rows:
+        return []
     apart = common.column(rows, "seed to seed").mean()
     lines = [f"{len(rows)} seeds; two seeds of the teacher: {apart:.3f}"]
     distances = []
@@ -142,15 +151,16 @@ def tables(rows: list[common.Row]) -> list[str]:
     fractions = {name: common.column(rows, "shown", name) for name in rows[0].found["shown"]}
     cells = [[name, common.mean_text(values)] for name, values in fractions.items()]
     lines += common.table(["sampler", "captions shown"], cells)
-    lines += claims(rows)
+    return lines + claims(rows)
+
+
+def table_of_oracles(rows: list[common.Row]) -> list[str]:
     cells = []
-    for captions, some in common.grouped(exact, "captions").items():
+    for captions, some in common.grouped(rows, "captions").items():
         found = [common.mean_text(common.column(some, name)) for name in ("distance", "shown")]
         cells.append([captions, *found])
-    if cells:
-        head = ["a student on exact targets; its captions", "distance in 3 steps", "captions shown"]
-        lines += common.table(head, cells)
-    return lines
+    head = ["a student on exact targets; its captions", "distance in 3 steps", "captions shown"]
+    return common.table(head, cells) if cells else []
 
 
 def claims(rows: list[common.Row]) -> list[str]:

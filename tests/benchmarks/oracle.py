@@ -65,7 +65,7 @@ class Bank:
 
 
 def places(world: common_flux.TinyFlux, captions: str) -> list[int]:
-    """Where the data have the captions that an oracle learns from."""
+    """Places in the data's texts of the captions that an oracle learns from."""
     of_pairs = {pair.text for pair in world.data.pairs}
     if captions == "held out, too":
         of_pairs |= {*world.data.validation, *world.data.comparison}
