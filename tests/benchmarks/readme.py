@@ -13,6 +13,7 @@ import time
 
 import baselines
 import common
+import fewshot
 
 import toy_2d
 
@@ -128,6 +129,15 @@ def few_shot() -> str:
     return f"{min(ratios):.1f} to {max(ratios):.1f} times the error of full data"
 
 
+def few_pairs() -> str:
+    """The same on the tiny Flux, of ten pairs in place of all."""
+    few, whole = (
+        common.column(common.where(results("fewshot"), "draws", pairs=pairs), "rmse", "student")
+        for pairs in (10, fewshot.ALL)
+    )
+    return f"tiny Flux: {few.mean() / whole.mean():.2f} times"
+
+
 def step_of(flags: str) -> dict:
     """What gpu.py found of a training iteration of eight rows."""
     return common.where(results("gpu"), "steps", flags=flags)[0].found
@@ -210,7 +220,7 @@ def quotations() -> list[str]:
     return [
         f"in {toy_seconds:.0f} s on two cores",
         f"some {hours:.1f} h of training on an H200",
-        few_shot(),
+        f"{few_shot()}; {few_pairs()}",
         printed("toy", "Euler steps", "  matched, scaled"),
         printed("toy", "calibrated scale", "calibrated scale"),
         found_by("toy")["lines"][-1].replace("OUT", "toy_out"),
