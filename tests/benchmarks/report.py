@@ -100,8 +100,8 @@ many guided steps than 8 guided steps, which take 16 calls. A warm start on the 
 helps a little where there is no guidance to learn; with guidance it does not, or does harm. The
 scale is no dial for other numbers of steps, for it changes the guidance, too.""",
     "fewshot": """Ten pairs do nearly as well as all on the tiny Flux, unlike on the 2-D flows; one
-pair costs a quarter. Captions that share no word with those trained on suffer most. Nothing leaks:
-the student is no nearer to images that it was trained on than to strangers, as far as can be seen.""",
+pair costs a quarter. Captions that share no word with those trained on suffer most. Nothing leaks,
+as far as can be seen: the student is no nearer to trained images than to strangers.""",
     "oracle": """Students on exact targets end somewhat nearer than the demonstration's, after
 twenty times its iterations. On the way errors rise and fall by a third; only the last ones, at a
 falling rate, compare. It makes no clear difference whether all weights are trained or a LoRA, nor
