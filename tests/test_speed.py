@@ -195,10 +195,6 @@ def test_a_gpu_has_all_parts_at_full_size(monkeypatch):
 def test_the_tables_of_the_stored_results_are_made():
     """Also of parts that were stopped."""
     told = gpu.tables(common.load(common.RESULTS / "gpu.json"))
-    assert told[0].startswith("x86_64, 16 cores, NVIDIA H200: python 3.12.3, torch 2.11.0, numpy")
-    assert told[1].endswith(
-        "'full' ran beside other parts on the same card: seconds are upper bounds"
-    )
     for line in (
         "| efficient | 0.017 | 0.0076 | 0.0085 | 0.0065 |",
         "| cuDNN | 1.8e+04 | 0.0079 | 0.0078 | 0.0063 |",
@@ -224,6 +220,14 @@ def test_a_kernel_that_failed_and_what_was_noted_by_hand_are_told():
     told = gpu.tables([failed, noted])
     assert "| cuDNN | No available kernel. |  |  |  |" in told
     assert "| gradient | nan, 8.3e+04, nan |" in told
+
+
+def test_a_machine_is_named_once_with_what_is_noted_of_it():
+    origin = {"machine": "a card", "versions": {"torch": "2.11.0"}}
+    origins = [origin, origin | {"note": "one"}, origin | {"note": "two"}, origin | {"note": "one"}]
+    rows = [common.Row("steps", {}, 1.0, {}, 1.0, one) for one in origins]
+    rows.append(common.Row("steps", {}, 1.0, {}, 1.0, origin | {"machine": "another"}))
+    assert speed.made_on(rows) == ["a card; torch 2.11.0; one; two", "another; torch 2.11.0"]
 
 
 def test_a_run_that_failed_is_told():

@@ -10,10 +10,10 @@ and leaves that in the file of results even if the machine goes away during a la
                    sampling in 3 steps
     full           flux_distill.py on a whole pipeline of that configuration (34 GB, in a RAM disk
                    where there is room): seconds and peak memory of each phase
-    profile        kernels of a training step by their kind, eager and compiled
     klein          the same on a pipeline of FLUX.2-klein-base-4B's configuration (16 GB), at the
                    size and batch that README has for a card of 24 GB
     demonstration  the tiny Flux distilled in bfloat16, as in the README
+    profile        kernels of a training step by their kind, eager and compiled
 
 Without a GPU the same parts run on a small configuration, as a test of this script, and nothing is
 kept unless --results names a file.
@@ -327,8 +327,7 @@ def tasks(flows=(), seeds=()) -> dict[str, list[common.Task]]:
 
 
 def tables(rows: list[common.Row]) -> list[str]:
-    lines = speed.machines(rows)
-    lines += table_of_kernels(common.where(rows, "gradients"))
+    lines = table_of_kernels(common.where(rows, "gradients"))
     steps = common.where(rows, "steps")
     for row in steps:
         if "checks" in row.found:
@@ -496,7 +495,7 @@ def try_parts(parts: list[str], path: Path | None) -> None:
         if path:
             common.save(rows, path)
         print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
-    print("\n".join(tables(rows)))
+    print("\n".join([*speed.made_on(rows), *tables(rows)]))
 
 
 if __name__ == "__main__":

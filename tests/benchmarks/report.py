@@ -22,6 +22,7 @@ import lookahead
 import oracle
 import quality
 import readme
+import speed
 import toy
 
 PAGE = Path(__file__).with_name("README.md")
@@ -126,27 +127,15 @@ FIGURES = {  # which its script draws with --figure: file in assets, what it sho
 }
 
 
-def made_on(rows: list[common.Row]) -> str:
-    """Machines and versions, in one line."""
-    told = []
-    for row in rows:
-        versions = [f"{name} {number}" for name, number in row.origin["versions"].items()]
-        line = f"{row.origin['machine']}; {', '.join(versions)}"
-        if row.origin.get("note"):
-            line += f"; {row.origin['note']}"
-        if line not in told:
-            told.append(line)
-    return " / ".join(told)
-
-
 def section(name: str, rows: list[common.Row]) -> list[str]:
     title, script = SECTIONS[name]
     first, what = script.__doc__.strip().split("\n\n", 1)
     form = r"(.+[:?]) (python [^(]+?)(?: \((.+)\))?"
     question, command, time = re.fullmatch(form, " ".join(first.split())).groups()
     took = f" takes {time}" if time else ""
+    made = " / ".join(speed.made_on(rows))
     lines = [f"## {title}", "", f"{question} `{command}`{took}.", ""]
-    lines += [f"`results/{name}.json`, {made_on(rows)}.", "", what, ""]
+    lines += [f"`results/{name}.json`, {made}.", "", what, ""]
     if name in FINDINGS:
         lines += [f"**What it says.** {FINDINGS[name]}", ""]
     if name in FIGURES:

@@ -310,21 +310,18 @@ HEAD = ("pixels", "batch", "flags", "step, s", "its calls, s", "ratio", "TFLOP/s
 
 
 def tables(rows: list[common.Row]) -> list[str]:
-    return machines(rows) + tables_of_steps(rows)
+    return made_on(rows) + tables_of_steps(rows)
 
 
-def machines(rows: list[common.Row]) -> list[str]:
-    """What made the rows: a line for each machine, its packages and what else is noted of it."""
-    lines = []
+def made_on(rows: list[common.Row]) -> list[str]:
+    """Machines, packages and notes, in a line for each machine."""
+    notes = {}
     for row in rows:
-        made = row.origin
-        versions = (f"{name} {version}" for name, version in made["versions"].items())
-        line = f"{made['machine']}: {', '.join(versions)}"
-        if "note" in made:
-            line += f". {made['note']}"
-        if line not in lines:
-            lines.append(line)
-    return lines
+        versions = [f"{name} {number}" for name, number in row.origin["versions"].items()]
+        of_machine = notes.setdefault(f"{row.origin['machine']}; {', '.join(versions)}", {})
+        if row.origin.get("note"):
+            of_machine[row.origin["note"]] = True
+    return ["; ".join([machine, *some]) for machine, some in notes.items()]
 
 
 def tables_of_steps(rows: list[common.Row]) -> list[str]:
