@@ -212,8 +212,9 @@ def make_parser() -> ArgumentParser:
         options = dict(setting.metadata["options"])
         if "group" in options:  # it opens a group, which the flags that follow join
             group = parser.add_argument_group(options.pop("group"))
-        if not any(setting.default is nothing for nothing in (None, False, ())):
-            words = f"default: {as_typed(setting.default)}"
+        default = setting.default
+        if default is not None and default is not False and default != ():
+            words = f"default: {as_typed(default)}"
             if setting.name in FLUX2_DEFAULTS:
                 words += f"; FLUX.2: {as_typed(FLUX2_DEFAULTS[setting.name])}"
             options["help"] += f" ({words})"
@@ -446,7 +447,7 @@ def distil(settings: Settings, machine: Machine) -> None:
         )
         print(markdown(results))
         print(f"On the validation prompts, at scale 1: {results['adapter']['note']}")
-        comfyui = f", {COMFYUI_LORA}" if family.comfyui_file == COMFYUI_LORA else ""
+        comfyui = f", {family.comfyui_file}" if family.comfyui_file != LORA else ""
         print(f"adapter{comfyui}, model card (README.md), images and tables in {run.out}/")
 
 
@@ -461,9 +462,8 @@ def run_phases(settings: Settings, machine: Machine, run: Run, cache: Cache) -> 
         return None
     with costs.phase("compare"):
         results = compare(settings, cache, run)
-    family = cache.model.family
     results |= {"phases": costs.phases, "machine": machine.describe()}
-    card_text = card(results, run.out, family, machine)
+    card_text = card(results, run.out, cache.model.family, machine)
     write_text(run.out / "README.md", card_text)
     write_text(run.out / "results.json", json.dumps(results, indent=1) + "\n")
     return results
@@ -3152,7 +3152,8 @@ def device_errors(settings: Settings, cache: Cache, lora: LoRA) -> dict[str, flo
     data = cache.data
     device = cache.machine.device
     generator = keyed(settings.seed, "check device")
-    # Cropped to 32 x 32 tokens: plain attention takes memory that grows with their square.
+    # Cropped to 32 x 32 tokens: plain attention takes memory that grows with the square of their
+    # number.
     side = 32 * cache.model.family.patch
     x_0 = cache.latent(0)[None, :, :side, :side].to(device)
     noise = torch.randn(x_0.shape, generator=generator).to(device)

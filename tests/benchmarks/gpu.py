@@ -310,7 +310,7 @@ def tasks(flows=(), seeds=()) -> dict[str, list[common.Task]]:
         "gradients": [common.Task(kernel_errors, {"kernel": name}) for name in kernels],
         "steps": [*matmul, *sampling, common.Task(full_size_errors, size), *steps],
         "full": [common.Task(made_pipeline, {}), common.Task(full_run, resolution)],
-        "profile": speed.profile_tasks(config, PROFILED[on_gpu], threads),
+        "profile": speed.step_tasks(config, PROFILED[on_gpu], threads, speed.measure_profile),
         "demonstration": [common.Task(demonstration_run, {"flags": LENGTHS[on_gpu]})],
         "klein": [
             common.Task(made_pipeline, {"family": "klein"}),

@@ -201,13 +201,13 @@ def measure_profile(
         steps = fd.train(run.settings, run.cache, fd.read_pool(run.cache), run.lora, state)
         while state.iteration < WARM_UP:
             next(steps)
+        on_device = machine.device == "cuda"
         activity = torch.profiler.ProfilerActivity
-        watched = activity.CUDA if machine.device == "cuda" else activity.CPU
+        watched = activity.CUDA if on_device else activity.CPU
         with torch.profiler.profile(activities=[watched]) as profile:
             seconds = seconds_of(lambda: next(steps), machine)
     kernels = []
     for event in profile.key_averages():
-        on_device = machine.device == "cuda"
         microseconds = event.self_device_time_total if on_device else event.self_cpu_time_total
         kernels.append((event.key[:100], microseconds / 1e6, event.count))
     kernels.sort(key=lambda kernel: -kernel[1])
@@ -253,24 +253,17 @@ def has_gpu() -> bool:
 
 
 def step_tasks(
-    config: str, cases: Sequence[tuple[int, int, str]], threads: int, **more
+    config: str,
+    cases: Sequence[tuple[int, int, str]],
+    threads: int,
+    measure: Callable[..., dict] = measure_steps,
+    **more,
 ) -> list[common.Task]:
     """cases: pixels, batch, flags."""
     tasks = []
     for pixels, batch, flags in cases:
         settings = {"config": config, "pixels": pixels, "batch": batch, "flags": flags}
-        tasks.append(common.Task(measure_steps, settings | {"threads": threads} | more))
-    return tasks
-
-
-def profile_tasks(
-    config: str, cases: Sequence[tuple[int, int, str]], threads: int
-) -> list[common.Task]:
-    """cases: pixels, batch, flags."""
-    tasks = []
-    for pixels, batch, flags in cases:
-        settings = {"config": config, "pixels": pixels, "batch": batch, "flags": flags}
-        tasks.append(common.Task(measure_profile, settings | {"threads": threads}))
+        tasks.append(common.Task(measure, settings | {"threads": threads} | more))
     return tasks
 
 
@@ -291,7 +284,7 @@ def tasks(flows, seeds) -> dict[str, list[common.Task]]:
         "sampling": sampling_tasks(config, [*sizes], threads),
         "steps": step_tasks(config, cases, threads),
         "variants": step_tasks(config, variants, threads),
-        "profile": profile_tasks(config, profiled, threads),
+        "profile": step_tasks(config, profiled, threads, measure_profile),
         "small": sampling_tasks("small", [64], 1) + step_tasks("small", small, 1),
     }
     if has_gpu():
