@@ -938,6 +938,7 @@ class Flux2(Family):
     def __init__(self, index: dict, config: dict):
         super().__init__(index, config)
         self.is_distilled = bool(index.get("is_distilled"))
+        self.tokenizer = index.get("tokenizer", ("", ""))[1]  # its class
         self.true_guidance = index["_class_name"] == "Flux2KleinPipeline"
         if self.true_guidance:
             self.pipeline = Flux2KleinPipeline
@@ -956,6 +957,8 @@ class Flux2(Family):
         takes_guidance = self.config.get("guidance_embeds", True)  # by default, as in diffusers
         if takes_guidance == self.true_guidance:  # diffusers would silently ignore the guidance
             return "has a transformer that does not belong to its pipeline"
+        if self.tokenizer == "PixtralProcessor" and not find_spec("torchvision"):
+            return "needs torchvision, for its tokenizer also takes images: pip install torchvision"
         return None
 
     def latent_shape(self, vae: dict, resolution: int) -> tuple[int, int, int]:
@@ -1249,7 +1252,7 @@ class Model:
         try:
             yield
         except ImportError as error:
-            reason = str(error).split(". ")[0].splitlines()[0]
+            reason = str(error).strip().split(". ")[0].splitlines()[0]
             die(
                 f"--model {self.name} needs a package that is missing ({reason}): install it and"
                 " start again"

@@ -283,6 +283,16 @@ def test_a_quantised_base_names_the_package_it_needs(tmp_path, part):
     says(sentence, "--model", folder, "--out", tmp_path / "out")
 
 
+def test_a_missing_package_is_named_as_transformers_does(tmp_path, monkeypatch):
+    """Its messages begin with an empty line."""
+
+    def read(self, side):
+        raise ImportError("\nTextEncoder requires the Glyph library. Install it.\n")
+
+    monkeypatch.setattr(fd.Model, "read", read)
+    says("missing .TextEncoder requires the Glyph library.: install", "--out", tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [

@@ -20,7 +20,6 @@ import pytest
 import torch
 import yaml
 from diffusers import (
-    AutoencoderKLFlux2,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
@@ -31,6 +30,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from faults import before_network_calls
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_dev import make_tiny_dev
 from tiny_runs import TINY, calls_by_phase, copied, fd, new_lora, prepared, run, same_run, says
 from torch import Tensor
 from torch.testing import assert_close
@@ -546,9 +546,10 @@ def changes(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("which", ["klein", "dev"])
-def test_the_file_for_comfyui_changes_the_published_weights_as_the_lora_does(setup, dev, which):
+def test_the_file_for_comfyui_changes_the_published_weights_as_the_lora_does(setup, which):
     """As published weights are read into diffusers by diffusers."""
-    net = dev.net if which == "dev" else stock_pipeline(6.0).transformer
+    pipe = make_tiny_dev() if which == "dev" else stock_pipeline(6.0)
+    net = pipe.transformer
     tensors = lora_of(net)
     theirs = setup.model.family.for_comfyui(tensors)
     assert all(name.startswith("diffusion_model.") for name in theirs)
@@ -755,7 +756,7 @@ def test_other_families_are_refused_by_name(tmp_path, name):
     says(f"is a {name}: this distils", "--model", folder, "--out", tmp_path / "o")
 
 
-# ------------------------------------------------------------ the real sizes; FLUX.2-dev's guidance
+# ---------------------------------------------------------------------------------- the real sizes
 
 
 def config_of(blocks: int, single: int, heads: int, width: int, **more) -> dict:
@@ -821,81 +822,6 @@ def test_the_modulation_of_all_blocks_lies_outside_of_them(setup):
     assert any("modulation" in name for name in lora.layers)
     inside = new_lora(setup, layers="blocks")
     assert not any("modulation" in name for name in inside.layers)
-
-
-@pytest.fixture(scope="module")
-def dev() -> SimpleNamespace:
-    """A small FLUX.2-dev with random weights, without its text encoder."""
-    torch.manual_seed(0)
-    config = config_of(
-        1, 1, 2, 24, in_channels=16, attention_head_dim=16, axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=True, timestep_guidance_channels=32,
-    )  # fmt: skip
-    net = Flux2Transformer2DModel(**config).eval()
-    vae = AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4,
-    ).eval()  # fmt: skip
-    vae.bn.running_mean.normal_()
-    vae.bn.running_var.uniform_(0.5, 2.0)
-    pipe = Flux2Pipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0), vae=vae, transformer=net,
-        text_encoder=None, tokenizer=None,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return SimpleNamespace(pipe=pipe, net=net, config=config)
-
-
-@torch.no_grad()
-def test_dev_takes_its_guidance_and_needs_one_call(dev):
-    family = fd.Flux2({"_class_name": "Flux2Pipeline"}, dev.config)
-    assert family.refusal() is None
-    assert not family.true_guidance
-    assert family.training_guidance(3.0) == (0.0, 8.0)
-    assert family.pool_guidance(3.0) == 4.0
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(2, 16, 4, 6, generator=generator)
-    cond = {"text": torch.randn(2, 8, 24, generator=generator), "guidance": torch.full((2,), 4.0)}
-    times = sc.time_grid(3, 6.0)
-
-    def ours(**cond) -> Tensor:
-        def velocity(x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-            return family.teacher_velocity(dev.net, x, t, **cond)
-
-        return sc.euler_sample(velocity, noise, times, **cond)
-
-    with rows_of_calls() as rows:
-        end = ours(**cond)
-    assert rows == {"elsewhere": [2, 2, 2]}
-    for guided in (False, True):
-        assert_close(family.sample(dev.pipe, 3, guided, noise, **cond), end, **EXACT)
-    other = ours(**cond | {"guidance": torch.full((2,), 5.0)})
-    assert difference(other, end) > 1e-3
-
-
-def test_dev_needs_a_transformer_that_takes_guidance(dev):
-    """Without one diffusers would sample all the same, and ignore the guidance."""
-    config = dev.config | {"guidance_embeds": False}
-    assert "belong" in fd.Flux2({"_class_name": "Flux2Pipeline"}, config).refusal()
-    del config["guidance_embeds"]  # then diffusers makes one that takes it
-    assert fd.Flux2({"_class_name": "Flux2Pipeline"}, config).refusal() is None
-
-
-def test_tokens_of_dev_are_counted_with_its_system_message(dev, monkeypatch):
-    """By its processor's chat template, as the pipeline feeds the text encoder."""
-
-    def apply_chat_template(messages, **how):
-        assert how["tokenize"] and not how["add_generation_prompt"]
-        (conversation,) = messages
-        words = " ".join(part["text"] for turn in conversation for part in turn["content"])
-        return {"input_ids": [words.split()]}
-
-    tokenizer = SimpleNamespace(apply_chat_template=apply_chat_template)
-    monkeypatch.setattr(dev.pipe, "tokenizer", tokenizer)
-    family = fd.Flux2({"_class_name": "Flux2Pipeline"}, dev.config)
-    around = len(dev.pipe.system_message.split())
-    counts = family.count_tokens(dev.pipe, ["a red ring", "a fox"])
-    assert counts == [around + 3, around + 2]
 
 
 # --------------------------------------------------------------------------------- what it can do
