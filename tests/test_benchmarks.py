@@ -31,7 +31,7 @@ import toy
 FOLDER = Path(__file__).parent / "benchmarks"
 ONE = "--seeds 1 --jobs 1"
 RUNS = [  # script, flags that shorten it, words that its tables must have
-    ("toy", f"--flows moons --length 0.005 {ONE}", "5. few-shot, each draw"),
+    ("toy", f"--flows moons --length 0.005 {ONE}", "ten points, each draw"),
     ("ablations", f"--flows moons --length 0.005 {ONE}", "oracle, shift 3"),
     ("baselines", f"--parts flows --flows moons --length 0.005 {ONE}", "8 teacher calls"),
     ("baselines", f"--parts direct --flows moons --length 0.002 {ONE}", "3 | a tenth | 4 |"),
@@ -388,11 +388,6 @@ def test_ours_is_compared_at_its_tuned_rate_steps_and_shift(monkeypatch):
         recipe = toy_2d.Recipe(batch=512, rate=rate, warmup=1)
         student = toy_2d.distil(teacher, on.data, config, count, 1, recipe=recipe)[count]
         assert found["errors"][budget] == {"ours": on.error(student, 2, 3.0)}
-
-
-def test_the_toys_rate_is_taken_unless_another_is_clearly_better():
-    assert baselines.best_rate({1e-3: 1.0, 2e-3: 1.04, 4e-3: 2.0}) == 2e-3
-    assert baselines.best_rate({1e-3: 1.0, 2e-3: 1.06, 4e-3: 2.0}) == 1e-3
 
 
 def test_rates_of_direct_regression_are_those_that_the_tuning_found():

@@ -10,6 +10,10 @@ over the same from the teacher's 32 steps with the same noise. If it is less tha
 drawn to what it was trained on, or it is smoother than the teacher and so nearer to everything.
 Hence the same ratio for strangers: as many images of the same captions from other noise, which were
 not trained on.
+
+"Share 0, 1, 2 words": how many of the 8 captions share so many of their two words, color and shape,
+with a caption that is trained on; for each draw. "Error where": of those that share no word or one,
+over the error of the student of all pairs on the same captions; for each draw that has some.
 """
 
 import random
@@ -116,7 +120,9 @@ def tasks(flows, seeds) -> dict[str, list[common.Task]]:
 
 def tables(rows: list[common.Row]) -> list[str]:
     head = ["pairs", "captions", "share 0, 1, 2 words", "scale 1", "scaled", "the scale"]
-    head += ["nothing shared", "nearest trained: teacher", "student", "ratio", "ratio, strangers"]
+    head += ["error where 0 are shared", "where 1 is"]
+    head += ["nearest trained: teacher", "student", "ratio", "ratio, strangers"]
+    of_all = {row.settings["draw"]: row for row in rows if row.settings["pairs"] == ALL}
     lines = []
     for pairs, some in sorted(common.grouped(rows, "pairs").items()):
         shared = [[row.found["shared"].count(k) for k in (0, 1, 2)] for row in some]
@@ -124,7 +130,8 @@ def tables(rows: list[common.Row]) -> list[str]:
         cells.append("; ".join(", ".join(map(str, counts)) for counts in shared))
         cells += [common.mean_text(common.column(some, "rmse", s)) for s in ("student", "scaled")]
         cells.append(f"{common.column(some, 'scale').mean():.2f}")
-        cells.append(", ".join(f"{x:.3f}" for x in map(error_where_nothing_is_shared, some) if x))
+        for words in (0, 1):
+            cells.append(error_where_shared(some, of_all, words))
         student, fine = (
             {kind: common.column(some, "nearest", name, kind) for kind in ("trained", "strangers")}
             for name in ("student", "fine")
@@ -137,11 +144,19 @@ def tables(rows: list[common.Row]) -> list[str]:
     return [*common.table(head, lines), f"teacher, {STEPS} steps: {teacher}"]
 
 
-def error_where_nothing_is_shared(row: common.Row) -> float | None:
-    """RMSE over the captions that share no word with those trained on."""
-    errors = zip(row.found["rmse of captions"], row.found["shared"])
-    alone = [error**2 for error, words in errors if words == 0]
-    return float(np.mean(alone)) ** 0.5 if alone else None
+def error_where_shared(rows: list[common.Row], of_all: dict[int, common.Row], words: int) -> str:
+    """RMSE over the captions that share so many words, as a multiple of that with all pairs."""
+    ratios = []
+    for row in rows:
+        chosen = np.array(row.found["shared"]) == words
+        if not chosen.any() or row.settings["draw"] not in of_all:
+            continue
+        of_few, of_many = (
+            np.square(one.found["rmse of captions"])[chosen].mean() ** 0.5
+            for one in (row, of_all[row.settings["draw"]])
+        )
+        ratios.append(of_few / of_many)
+    return ", ".join(f"{ratio:.2f}" for ratio in ratios)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,14 @@
 """What must hold on the 2-D flows: python tests/benchmarks/toy.py (half an hour on 2 cores)
 
 For each flow and seed all networks are trained with the toy's defaults. Errors are unbiased energy
-distances (x 1e-4) of 16,384 samples to 32,768 fresh data points. All columns of a row share noise
-and data. Brackets are 95 % intervals over the seeds, of the mean or of the paired ratio.
+distances (x 1e-4) of 16,384 samples to 32,768 fresh data points; lower is better. All columns of a
+row share noise and data. Brackets are 95 % intervals of the ratio, paired by seed.
+
+The bounds were set before the runs. "must": is the mean of ours at most the bound? "target": is it
+at most a stricter bound, given in brackets? On gaussians, where the teacher needs fewer steps, the
+bounds are lower, and three targets equal what must hold. "x below" and "x": quotients of the means,
+with the bound in the claim. Calibration: the error at the scale that was found without data, over
+the least at any scale; the bounds are 1.5 (must) and 1.2 (target).
 """
 
 import common
@@ -173,37 +179,32 @@ def claims(rows: list[common.Row], flow: str):
 
     student = find("student", 3)
     bounds = (12, 16) if hard else (16, 32)
-    yield at_most_teacher("1. 3 steps, scale 1", student, *bounds)
+    yield at_most_teacher("3 steps, scale 1", student, *bounds)
     teacher = find("teacher", 3)
-    yield times_below("1. the same, 20x below teacher at 3", student, teacher, "teacher 3", 20)
+    yield times_below("the same, 20x below teacher at 3", student, teacher, "teacher 3", 20)
     ours = find("shift 3, matched", "calibrated", "error")
-    yield at_most_teacher("1. shift 3, calibrated", ours, 12, 16, "teacher, shift 3")
+    yield at_most_teacher("3 steps at shift 3, calibrated", ours, 12, 16, "teacher, shift 3")
     for name in ("paper 0.4", "paper 0.52"):
         best = find(f"shift 3, {name}", "best")
-        yield times_below(f"1. shift 3, 3x below {name}, its best scale", ours, best, name, 3)
+        yield times_below(f"the same, 3x below {name} at its best scale", ours, best, name, 3)
 
     bounds = {2: (8, 12), 4: (16, 24), 8: (24, 32)}
     if hard:
         bounds = {2: (4, 4), 4: (8, 8), 8: (8, 8)}
     for n, (must, target) in bounds.items():
         ours = find("calibrated", n, "error")
-        yield at_most_teacher(f"2. {n} steps, calibrated", ours, must, target)
+        yield at_most_teacher(f"{n} steps, calibrated", ours, must, target)
     ours = find("calibration", 250, 3, "error")
     bound = 8 if hard else 16
-    yield at_most_teacher("2. 3 steps after 250 iterations", ours, bound, bound)
+    yield at_most_teacher("3 steps after 250 iterations, calibrated", ours, bound, bound)
 
-    for i in CALIBRATED_AFTER:
-        for n in SCALED_STEPS:
-            ours = find("calibration", i, n, "error")
-            best = find("calibration", i, n, "best")
-            claim = f"3. calibration, {n} steps, {i} iterations"
-            yield at_most_times(claim, ours, best, "best", 1.5, 1.2)
+    yield worst_calibration(rows)
 
     for name, stays in {"matched": True, "paper": False}.items():
         curve = np.array([[row.found[f"long, {name}"][i] for i in LONG] for row in rows])
-        line = at_most_times(
-            f"4. {name}, 3 steps at 8,000 iterations", curve[:, -1], curve.min(1), "best", 1.5
-        )
+        bound = "within" if stays else "beyond"
+        claim = f"{name}, 3 steps after 8,000 iterations: {bound} 1.5x its best"
+        line = at_most_times(claim, curve[:, -1], curve.min(1), "best", 1.5)
         met = "yes" if (line[4] == "yes") == stays else "no"
         yield *line[:4], met, ""
     for label, keys in {
@@ -212,25 +213,40 @@ def claims(rows: list[common.Row], flow: str):
         "shift 3, matched": ("shift 3, matched", "lam"),
         "shift 3, paper 0.52": ("shift 3, paper 0.52", "lam"),
     }.items():
-        lams = ", ".join(f"{lam:.2f}" for lam in find(*keys).mean(0))
-        yield f"4. lam* per step, {label}", f"[{lams}]", "", "", "", ""
+        lams = " / ".join(f"{lam:.2f}" for lam in find(*keys).mean(0))
+        yield f"lam* of each of the 3 steps, {label}", lams, "", "", "", ""
 
     fused = find("fused", 3)
     plain = find("plain", 3)
-    yield times_below("5. fused, 10x below flow matching at 3", fused, plain, "flow matching", 10)
+    yield times_below("fused, 3 steps, 10x below flow matching", fused, plain, "flow matching", 10)
     fused = find("fused", 32)
     plain = find("plain", 32)
-    ratio = common.ratio_text(fused, plain)
-    yield "5. fused, 32 steps", text(fused), f"flow matching: {text(plain)}", ratio, "", ""
+    ratio = f"{np.mean(fused) / np.mean(plain):.0f}x above"
+    yield "fused, 32 steps", text(fused), f"flow matching: {text(plain)}", ratio, "", ""
 
     few = find("few-shot")
-    yield times_below("5. few-shot, 15x below teacher at 3", few, teacher, "teacher 3", 15)
-    yield "5. few-shot, each draw", ", ".join(f"{1e4 * x:.1f}" for x in few), "", "", "", ""
-    claim = "5. few-shot, {}, at most 2x the full data"
+    yield times_below("ten points, 3 steps, 15x below teacher at 3", few, teacher, "teacher 3", 15)
+    yield "ten points, each draw", ", ".join(f"{1e4 * x:.1f}" for x in few), "", "", "", ""
+    claim = "ten points, {}, at most 2x the full data"
     yield at_most_times(claim.format("scale 1"), few, student, "full data", 2)
     few = find("few-shot, calibrated", "error")
     full = find("calibrated", 3, "error")
     yield at_most_times(claim.format("calibrated"), few, full, "full data", 2)
+
+
+def worst_calibration(rows: list[common.Row]) -> tuple[str, ...]:
+    """A line: the step count and iteration at which calibration misses the best scale most."""
+    found = []
+    for i in CALIBRATED_AFTER:
+        for n in SCALED_STEPS:
+            ours = common.column(rows, "calibration", i, n, "error")
+            best = common.column(rows, "calibration", i, n, "best")
+            found.append((np.mean(ours) / np.mean(best), n, i, ours, best))
+    factor, n, i, ours, best = max(found, key=lambda one: one[0])
+    claim = f"calibration, worst of {len(found)}: {n} steps after {i:,} iterations"
+    met = ["yes" if factor <= bound else "no" for bound in (1.5, 1.2)]
+    label = f"best scale: {common.energy_text(best)}"
+    return claim, common.energy_text(ours), label, f"{factor:.2f}x", *met
 
 
 def tables(rows: list[common.Row]) -> list[str]:
