@@ -390,7 +390,7 @@ OUTPUTS = (
     "training.png",
     "comparison.png",
 )
-VERSION = 5  # of training and of the files: a run of another version is not resumed
+VERSION = 6  # of training and of the files: a run of another version is not resumed
 LESS_MEMORY = """what helps, in this order: --recompute-every 1, --batch 4 --accumulate 2 (down to \
 --batch 1), --rank 16, --quantize int8, --resolution 256; all but the first need another --out"""
 REPEAT = "repeat the command: finished work is kept"
@@ -1762,7 +1762,10 @@ def method_with(config: sc.ShortcutConfig | sc.MatchedConfig, ema_warmup: bool =
     def windows(batch: int, U: float, generator: torch.Generator) -> sc.Windows:
         return sc.matched_windows(config, batch, generator=generator)  # all are teacher rows
 
-    return Method({"slow": config.slow_decay}, windows, sc.matched, ema_warmup, 2, 1)
+    teacher_velocities = 2 * config.midpoint_steps
+    return Method(
+        {"slow": config.slow_decay}, windows, sc.matched, ema_warmup, teacher_velocities, 1
+    )
 
 
 def network_calls(settings: Settings, family: Family) -> dict[str, float]:

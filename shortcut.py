@@ -38,6 +38,7 @@ Sections 1 to 4 are the paper, with its equation and algorithm numbers. Section 
 student learns, and windows for a student of N steps. Its equations are (A) to (C).
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -121,6 +122,7 @@ class Windows(NamedTuple):
     t_end: Tensor  # (B,), at most t_mid; no network is called there
     teacher_rows: int  # k: the first k rows are teacher rows, the others self rows
     kind: str  # what they were drawn for, and all that they may be used for: "distil", "fuse", ...
+    midpoint_steps: int = 1  # by which the teacher takes the first step in `matched`
 
 
 def sample_windows(
@@ -343,6 +345,15 @@ class MatchedConfig:
         """Shift of the sampler that the windows are matched to."""
         return sum(self.shift_range) / 2
 
+    @property
+    def midpoint_steps(self) -> int:
+        """Midpoint steps of the teacher in `matched`: none is longer than half of the path.
+
+        One is enough for samplers of three or more steps, even at a shift of 6.
+        """
+        longest_part = shift_time(torch.tensor(self.teacher_part / self.steps), self.shift)
+        return math.ceil(2 * longest_part.item())
+
     def after(self, t: Tensor, steps: float) -> Tensor:
         """The time, at least 0, that the sampler reaches from t in `steps` of its steps."""
         u = shift_time(t, 1 / self.shift) - steps / self.steps
@@ -361,12 +372,12 @@ def matched_windows(
 ) -> Windows:
     """Random windows whose fixed point has L(t) = L*(t); set `fuse` for `matched_fusion`.
 
-    t is uniform in grid time, with a shift for each row; the rest follows from t. With one midpoint
-    step (`matched`) the teacher covers `teacher_part` of the sampler's step, from t to t_mid, so
+    t is uniform in grid time, with a shift for each row; the rest follows from t. By midpoint steps
+    (`matched`) the teacher covers `teacher_part` of the sampler's step, from t to t_mid, so
     L_1 = (t - t_mid) / 2. (A) with L = L* gives the weight
         w = [t - t_mid + L*(t_mid) - L*(t)] / [t - t_mid + L*(t_mid) - L_1]                      (C)
-    and t_end = t - (t - t_mid) / w. With teacher_part = 1, w = 1 and the target is one midpoint
-    step of the teacher. The smaller it is, the more the student learns from its own EMA.
+    and t_end = t - (t - t_mid) / w. With teacher_part = 1, w = 1 and the target is the teacher's
+    alone. The smaller it is, the more the student learns from its own EMA.
     """
     rand = _uniform(generator)
     low, high = config.shift_range
@@ -386,20 +397,30 @@ def matched_windows(
     # at least (t - t_mid) / 2, the denominator at most t / 2. In fusion t_end can be below 0 near
     # the data. No network is called there, it only sets w.
     t_end = t - (t - t_mid) / w
-    return Windows(t, t_mid, t_end, batch, "matched fuse" if fuse else "matched")
+    kind = "matched fuse" if fuse else "matched"
+    return Windows(t, t_mid, t_end, batch, kind, config.midpoint_steps)
 
 
 def matched(windows: Windows, teacher: Velocity, slow: Velocity) -> tuple[Velocity, Velocity]:
-    """First and second velocity of matched windows: the teacher by a midpoint step, then slow.
+    """First and second velocity of matched windows: the teacher by midpoint steps, then slow.
 
-    A target takes three network calls, one more than with `dual`.
+    With one midpoint step a target takes three network calls, one more than with `dual`.
     """
     _require_kind(windows, "matched")
+    count = windows.midpoint_steps
 
     def first(x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-        half_step = (t - windows.t_mid.to(t)) / 2
-        x_half = x_t - _per_row(half_step, x_t) * teacher(x_t, t, **cond)
-        return teacher(x_half, t - half_step, **cond)
+        """The teacher's mean velocity from t to t_mid."""
+        step = (t - windows.t_mid.to(t)) / count
+        x = x_t
+        mean = 0.0
+        for i in range(count):
+            t_i = t - i * step
+            x_half = x - _per_row(step / 2, x) * teacher(x, t_i, **cond)
+            v_half = teacher(x_half, t_i - step / 2, **cond)
+            x = x - _per_row(step, x) * v_half
+            mean = mean + v_half / count
+        return mean
 
     return first, slow
 

@@ -172,7 +172,7 @@ def test_network_calls_are_those_that_a_training_makes():
 
     x_0 = torch.zeros(1000, 2)
     made = {}
-    for config in (common.paper(), common.matched()):
+    for config in (common.paper(), common.matched(), common.matched(1, 3.0)):
         for fuse in (False, True):
             calls.clear()
             matched = isinstance(config, sc.MatchedConfig)
@@ -307,7 +307,7 @@ def test_windows_to_the_next_stop_end_there():
 
 
 def test_authors_windows_are_aligned_merges_up_to_the_full_path():
-    t, t_mid, t_end, k, _ = ablations.authors_windows(common.paper(), 4000, seeded())
+    t, t_mid, t_end, k, *_ = ablations.authors_windows(common.paper(), 4000, seeded())
     stride = (32 * (t - t_mid))[k:].round()
     assert set(stride.tolist()) == {2.0, 4.0, 8.0, 16.0}
     assert_close(((32 * t_end)[k:] / (2 * stride)).frac(), torch.zeros(4000 - k))

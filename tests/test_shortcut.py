@@ -168,7 +168,7 @@ def test_euler_steps_of_a_bf16_network_are_not_rounded_to_bf16():
 )
 def test_windows_of_the_paper_descend_from_1_to_0_at_most(batch, n, fuse, shift, seed):
     config = sc.ShortcutConfig(grid_steps=n, strides=(2, n // 4), shift_range=(shift, 2 * shift))
-    t, t_mid, t_end, k, _ = sc.sample_windows(config, batch, fuse, generator=seeded(seed))
+    t, t_mid, t_end, k, *_ = sc.sample_windows(config, batch, fuse, generator=seeded(seed))
     assert t.shape == t_mid.shape == t_end.shape == (batch,)
     assert 0.4 * batch - 1 <= k <= 0.4 * batch + 1
     assert (t <= 1).all() and (t > t_mid).all() and (t_end >= 0).all()
@@ -236,7 +236,7 @@ def test_self_rows_of_fusion_are_those_of_distillation():
 
 
 def test_each_row_of_the_paper_has_a_shift_of_its_own_from_the_whole_range():
-    t, t_mid, t_end, k, _ = sc.sample_windows(PAPER, 50_000, U=0.0, generator=seeded())
+    t, t_mid, t_end, k, *_ = sc.sample_windows(PAPER, 50_000, U=0.0, generator=seeded())
     t, t_mid, t_end = (time[:k].double() for time in (t, t_mid, t_end))
     # 1/t = 1/(s u) + 1 - 1/s at u, u - d and u - 2 d, d = 1/32: two differences give u, then s
     inner = (t < 0.999) & (t_end > 0)
@@ -455,10 +455,10 @@ class Recorder:
         return velocity
 
 
-def recorded(kind, batch=10, ratio=0.4):
+def recorded(kind, batch=10, ratio=0.4, config=None):
     """Calls of one loss; x_0 and cond `row` hold the number of the row."""
     record = Recorder()
-    config = None if "matched" in kind else sc.ShortcutConfig(teacher_ratio=ratio)
+    config = config or (None if "matched" in kind else sc.ShortcutConfig(teacher_ratio=ratio))
     more = {} if "matched" in kind else {"U": 0.0}
     windows = draw(WINDOWS_OF[kind], batch, config, **more)
     row = torch.arange(batch)
@@ -512,6 +512,29 @@ def test_the_velocities_of_matched_windows_get_the_times_of_a_midpoint_step():
     assert_close(middle, (windows.t + windows.t_mid) / 2)
     assert_close(slow, windows.t_mid)
     assert_close(student, windows.t)
+
+
+def test_a_long_part_of_the_teacher_takes_two_midpoint_steps():
+    windows, calls = recorded("matched", config=sc.MatchedConfig(steps=1, **shift_of(3)))
+    assert [call[0] for call in calls] == [*["teacher"] * 4, "slow", "student"]
+    for quarter, call in enumerate(calls[:4]):
+        assert_close(call[2], windows.t - quarter / 4 * (windows.t - windows.t_mid))
+    assert_close(calls[4][2], windows.t_mid)
+
+
+@pytest.mark.parametrize(
+    "steps, shift, part, count",
+    [(3, 1, 3 / 8, 1), (3, 3, 3 / 8, 1), (3, 6, 3 / 8, 1), (2, 3, 3 / 8, 1), (2, 6, 3 / 8, 2),
+     (1, 1, 3 / 8, 1), (1, 3, 3 / 8, 2), (1, 3, 1.0, 2), (1, 1, 0.5, 1)],
+)  # fmt: skip
+def test_no_midpoint_step_is_longer_than_half_of_the_path(steps, shift, part, count):
+    config = sc.MatchedConfig(steps, teacher_part=part, **shift_of(shift))
+    assert config.midpoint_steps == count
+    windows = draw("matched", 5000, config)
+    longest = (windows.t - windows.t_mid).max().item()
+    assert windows.midpoint_steps == count
+    assert longest / count <= 0.5 + 1e-6
+    assert count == 1 or longest / (count - 1) > 0.5
 
 
 @pytest.mark.parametrize("ratio, called", [(0.0, ["fast", "slow"]), (1.0, ["teacher", "slow"])])
@@ -844,17 +867,21 @@ def test_the_fixed_point_of_matched_windows_looks_ahead_as_required(
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_with_the_whole_step_as_its_part_the_target_is_the_teachers_midpoint_velocity(steps):
+def test_with_the_whole_step_as_its_part_the_target_is_the_teachers_by_midpoint_steps(steps):
     """Whatever the EMA says."""
     flow = Mixture()
-    windows = draw("matched", 500, sc.MatchedConfig(steps=steps, teacher_part=1.0))
+    config = sc.MatchedConfig(steps=steps, teacher_part=1.0)
+    assert config.midpoint_steps == 2  # at a shift of 3.5
+    windows = draw("matched", 500, config)
     x_t = torch.randn(500, 2, generator=seeded(), dtype=torch.float64)
     first, second = sc.matched(windows, flow, constant(100.0))
     target = sc.shortcut_target(windows, x_t, first, second)
     t = windows.t.double()
-    half = (t - sampler_time(t, steps, 3.5)) / 2
-    expected = flow(x_t - half[:, None] * flow(x_t, t), t - half)
-    assert_close(target, expected, atol=1e-3, rtol=1e-4)
+    quarter = (t - sampler_time(t, steps, 3.5)) / 4
+    v_1 = flow(x_t - quarter[:, None] * flow(x_t, t), t - quarter)
+    x = x_t - 2 * quarter[:, None] * v_1
+    v_2 = flow(x - quarter[:, None] * flow(x, t - 2 * quarter), t - 3 * quarter)
+    assert_close(target, (v_1 + v_2) / 2, atol=1e-3, rtol=1e-4)
 
 
 def test_the_midpoint_step_is_second_order_on_a_curved_flow():

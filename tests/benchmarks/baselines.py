@@ -344,7 +344,8 @@ def student_of(
     """The student of a method, with `length` times the toy's budget."""
     if method == "ours":
         config = common.matched(steps, shift)
-        iterations = common.shortened(TOY_ITERATIONS, length)
+        calls = common.BATCH * common.network_calls(config)
+        iterations = common.shortened(TOY_BUDGET / calls, length)
         recipe = toy_2d.DISTILLATION._replace(rate=rate)
         return toy_2d.distil(teacher, data, config, iterations, seed, recipe=recipe)[iterations]
     how = REGRESSIONS[method]
@@ -724,19 +725,16 @@ def shortcut_model_on_flux(
 
 def tried_on_flux(method: str) -> list[dict]:
     """Settings to compare: rates with ladders or fractions of plain rows, then around the best."""
-    best = FLUX_SETTINGS[method]
-    rates = (5e-4, 1e-3, 2e-3)
     if method.startswith("direct"):
-        return [best | {"rate": rate} for rate in rates]
+        return [FLUX_SETTINGS[method] | {"rate": rate} for rate in (2.5e-4, 5e-4, 1e-3, 2e-3)]
     if method == "down to 3":
-        ladders = (DOWN_TO_3[1:], DOWN_TO_3, (48, *DOWN_TO_3))
-        tries = product(ladders, rates)
-        changes = [dict(ladder=ladder, rate=rate, growth=1.0) for ladder, rate in tries]
-        changes += [dict(ladder=ladder, growth=2.0) for ladder in ladders[1:]]
-    else:
-        changes = [dict(rate=rate, plain=plain) for rate, plain in product(rates, (0.25, 0.5))]
-        changes += [{"decay": 0.8}, {"decay": 0.99}, {"finest": 16}]
-    return [best | one for one in changes]
+        ladders = ((6, 3), DOWN_TO_3[1:], DOWN_TO_3, (48, *DOWN_TO_3))
+        tries = product(ladders, (5e-4, 1e-3, 2e-3), (1.0, 2.0))
+        return [dict(ladder=ladder, rate=rate, growth=growth) for ladder, rate, growth in tries]
+    tries = product((1.25e-4, 2.5e-4, 5e-4, 1e-3), (0.25, 0.5))
+    some = [dict(rate=rate, decay=0.95, plain=plain, finest=32) for rate, plain in tries]
+    changes = [{"decay": 0.8}, {"decay": 0.99}, {"finest": 16}]
+    return some + [some[4] | one for one in changes]
 
 
 def errors_on_flux(world: StepFlux, method: str, settings: dict, purpose: str) -> dict[int, float]:

@@ -364,13 +364,13 @@ def network_calls(config: sc.ShortcutConfig | sc.MatchedConfig, fuse: bool = Fal
     """Calls of the network for a row in one iteration, on average.
 
     3 for the student: a forward pass and a backward pass, which counts as two. The paper's windows
-    (dual): two velocities. Matched: two calls of the teacher, one of the EMA. Fusion has data
-    instead of the teacher, and then a row of data needs no call of the EMA.
+    (dual): two velocities. Matched: two calls of the teacher for each midpoint step, one of the
+    EMA. Fusion has data instead of the teacher, and then a row of data needs no call of the EMA.
     """
     is_matched = isinstance(config, sc.MatchedConfig)
     if fuse:
         return 3 + (1 if is_matched else 2 * (1 - config.teacher_ratio))
-    return 3 + (3 if is_matched else 2)
+    return 3 + (2 * config.midpoint_steps + 1 if is_matched else 2)
 
 
 @torch.no_grad()
