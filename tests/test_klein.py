@@ -441,16 +441,21 @@ def test_calls_are_counted_as_they_are_made(finished, setup):
     assert sum(finished.rows["compare"]) == of_students + of_teacher + check
 
 
-@pytest.mark.parametrize("paper", [False, True], ids=["default", "--paper"])
-def test_calls_of_an_iteration_are_as_stated(setup, paper):
+@pytest.mark.parametrize(
+    "change, stated",
+    [({}, 8), ({"paper": True}, 5.4), ({"student_steps": 1}, 12)],
+    ids=["default", "--paper", "one step"],
+)
+def test_calls_of_an_iteration_are_as_stated(setup, change, stated):
     """Over ten iterations: the paper's fraction of teacher rows is right on average."""
-    settings = fd.replace(setup.settings, paper=paper, iterations=10, batch=5)
-    lora = new_lora(setup, paper=paper, batch=5)
+    settings = fd.replace(setup.settings, **change, iterations=10, batch=5)
+    lora = new_lora(setup, **change, batch=5)
     state = fd.TrainState(lora.loaded_weights(), fd.method_of(settings))
     with rows_of_calls() as rows:
         for _ in fd.train(settings, setup.cache, fd.read_pool(setup.cache), lora, state):
             pass
     calls = fd.network_calls(settings, setup.model.family)["iteration"]
+    assert calls == pytest.approx(stated)
     assert sum(rows["loss_of"]) / 50 == pytest.approx(calls - 2, abs=1e-6)
 
 
