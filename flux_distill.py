@@ -46,7 +46,7 @@ from collections.abc import Callable, Iterator, Sized
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -193,9 +193,9 @@ class Settings:
         """Numbers of steps that are watched, calibrated and compared."""
         return sorted({*self.steps, self.student_steps})
 
-    def suited_to(self, family: Family) -> Settings:
-        """With the defaults of this family of models, where no flag says otherwise."""
-        others = {name: x for name, x in family.defaults.items() if name not in self.given}
+    def with_defaults(self, defaults: dict) -> Settings:
+        """With these values, where no flag says otherwise."""
+        others = {name: x for name, x in defaults.items() if name not in self.given}
         return replace(self, **others)
 
 
@@ -218,9 +218,13 @@ def make_parser() -> ArgumentParser:
             if setting.name in FLUX2_DEFAULTS:
                 words += f"; FLUX.2: {as_typed(FLUX2_DEFAULTS[setting.name])}"
             options["help"] += f" ({words})"
-        name = "--" + setting.name.replace("_", "-")
-        group.add_argument(name, default=SUPPRESS, **options)
+        group.add_argument(as_flag(setting.name), default=SUPPRESS, **options)
     return parser
+
+
+def as_flag(name: str) -> str:
+    """The flag of a setting."""
+    return "--" + name.replace("_", "-")
 
 
 def as_typed(value) -> str:
@@ -255,7 +259,7 @@ def wrong_combination(settings: Settings) -> str | None:
     if settings.sample:
         useless = sorted(settings.given.difference(flags_for("sampling")))
         if useless:
-            flags = ", ".join("--" + name.replace("_", "-") for name in useless)
+            flags = ", ".join(map(as_flag, useless))
             return f"--sample only renders, and {flags} has no effect there: remove it"
         for prompt in settings.sample:
             option = OPTION.search(prompt)
@@ -433,22 +437,22 @@ def main(argv: list[str] | None = None) -> None:
 def distil(settings: Settings, machine: Machine) -> None:
     """A whole run, or what is left of it."""
     settings, run, cache = prepare(settings, machine)
+    files = "adapter"
     with lock_out_folder(run.out, machine):
-        results = finished(run)
-        if not results:
-            results = run_phases(settings, machine, run, cache)
+        results = finished(run) or run_phases(settings, machine, run, cache)
+        if not machine.lead:
+            return
         family = cache.model.family
-        if machine.lead and family.comfyui_file != LORA:
+        if family.comfyui_file != LORA:
             save_for_comfyui(run, family)
-    if machine.lead:
-        print(
-            "RMSE of latents / PSNR of images, compared with the teacher's"
-            f" {settings.teacher_steps} steps, held-out prompts:"
-        )
-        print(markdown(results))
-        print(f"On the validation prompts, at scale 1: {results['adapter']['note']}")
-        comfyui = f", {family.comfyui_file}" if family.comfyui_file != LORA else ""
-        print(f"adapter{comfyui}, model card (README.md), images and tables in {run.out}/")
+            files += f", {family.comfyui_file}"
+    print(
+        "RMSE of latents / PSNR of images, compared with the teacher's"
+        f" {settings.teacher_steps} steps, held-out prompts:"
+    )
+    print(markdown(results))
+    print(f"On the validation prompts, at scale 1: {results['adapter']['note']}")
+    print(f"{files}, model card (README.md), images and tables in {run.out}/")
 
 
 def run_phases(settings: Settings, machine: Machine, run: Run, cache: Cache) -> dict | None:
@@ -472,7 +476,7 @@ def run_phases(settings: Settings, machine: Machine, run: Run, cache: Cache) -> 
 def make_lora(settings: Settings, cache: Cache, run: Run, costs: Costs) -> None:
     """Phases 2 and 3: train the student and save it.
 
-    All memory is freed on return: the comparison loads the transformer again.
+    On return the memory of training is freed, but for the network: the comparison loads it again.
     """
     machine = cache.machine
     if not machine.lead and read_metadata(run.state).get("done"):
@@ -491,12 +495,13 @@ def prepare(settings: Settings, machine: Machine) -> tuple[Settings, Run, Cache]
     """
     refuse_others(settings.out)
     model = Model(settings.model, machine, settings.quantize)
-    settings = settings.suited_to(model.family)
+    settings = settings.with_defaults(model.family.defaults)
     refuse_untrained(settings, model.family)
     check_memory(settings, model)
     model.download()
     data = read_data(settings, model)
     run = identify(settings, model, data)
+    refuse_another_run(run)
     return settings, run, Cache(settings, model, data)
 
 
@@ -562,7 +567,7 @@ OTHER = {  # message for a setting that differs
 
 
 def identify(settings: Settings, model: Model, data: Data) -> Run:
-    """The run that these settings define; ends if --out holds another."""
+    """The run that these settings define."""
     sampling = {
         name: getattr(settings, name) for name in ("shift", "guidance", "noises", "teacher_steps")
     }
@@ -576,35 +581,32 @@ def identify(settings: Settings, model: Model, data: Data) -> Run:
         identity |= sampling | {"validate_every": settings.validate_every}
     identity = json.loads(json.dumps(identity))  # as it will be read from a file
     key = digest([identity, sampling, settings.all_steps])
-    run = Run(settings.out, model.base_model, identity, key)
+    return Run(settings.out, model.base_model, identity, key)
+
+
+def refuse_another_run(run: Run) -> None:
+    """Ends if --out holds a run with other settings, or a damaged file of one."""
     for path in filter(Path.exists, (run.state, run.lora)):
         saved = read_metadata(path).get("settings")
         if not saved:
             what = "is damaged" if is_ours(path) else "is not a safetensors file"
             die(f"{path} {what}: move it away to recreate it, or give another --out")
         others = []
-        for name, now in identity.items():
+        for name, now in run.identity.items():
             if saved.get(name) != now:
-                flag_name = "--" + name.replace("_", "-")
-                words = OTHER.get(name, flag_name + " {found}, now {now}")
+                words = OTHER.get(name, as_flag(name) + " {found}, now {now}")
                 others.append(words.format(found=saved.get(name), now=now))
         if others:
             die(
                 f"--out {run.out} holds a run with other settings ({'; '.join(others)}): repeat"
                 " them, give another --out, or delete it"
             )
-    return run
 
 
 # --------------------------------------------------------------------------------- the model family
 
 
-OF_THE_BASE = "that-of-the-base-model"
-
-
-def other_licence(name: str) -> dict[str, str]:
-    """A licence that the Hub has no identifier for."""
-    return {"license": "other", "license_name": name}
+OF_THE_BASE = "that-of-the-base-model"  # a licence that the Hub has no identifier for
 
 
 class Family:
@@ -705,28 +707,14 @@ class Family:
             images.append(VaeImageProcessor.denormalize(pixels))
         return torch.cat(images).permute(0, 2, 3, 1)
 
-    def velocity(
-        self,
-        net: torch.nn.Module,
-        x: Tensor,
-        t: Tensor,
-        dtype: torch.dtype | None = None,
-        **cond: Tensor,
-    ) -> Tensor:
-        """The student's velocity (B, C, H, W) in float32, by one network call.
+    def velocity(self, net, x: Tensor, t: Tensor, dtype=None, **cond: Tensor) -> Tensor:
+        """The student's velocity (B, C, H, W) in float32, by one call of the transformer `net`.
 
         The network is fed in `dtype`, by default its own.
         """
         raise NotImplementedError
 
-    def teacher_velocity(
-        self,
-        net: torch.nn.Module,
-        x: Tensor,
-        t: Tensor,
-        dtype: torch.dtype | None = None,
-        **cond: Tensor,
-    ) -> Tensor:
+    def teacher_velocity(self, net, x: Tensor, t: Tensor, dtype=None, **cond: Tensor) -> Tensor:
         """The velocity that the student learns. Without true guidance it is the same call."""
         return self.velocity(net, x, t, dtype, **cond)
 
@@ -795,17 +783,7 @@ class Flux(Family):
     def denormalised(self, vae: torch.nn.Module, x: Tensor) -> Tensor:
         return x / vae.config.scaling_factor + vae.config.shift_factor
 
-    def velocity(
-        self,
-        net: FluxTransformer2DModel,
-        x: Tensor,
-        t: Tensor,
-        dtype: torch.dtype | None = None,
-        *,
-        text: Tensor,
-        pooled: Tensor,
-        guidance: Tensor,
-    ) -> Tensor:
+    def velocity(self, net, x, t, dtype=None, *, text, pooled, guidance) -> Tensor:
         dtype = dtype or net.dtype
         height, width = x.shape[2] // 2, x.shape[3] // 2
         if isinstance(net.pos_embed, RotaryCache):
@@ -856,7 +834,8 @@ schedulers normal and beta, ancestral and lcm samplers"""
 
     def licence(self, base_model: str) -> dict[str, str]:
         known = "flux.1-dev" in base_model.lower()
-        return other_licence("flux-1-dev-non-commercial-license" if known else OF_THE_BASE)
+        licence = "flux-1-dev-non-commercial-license" if known else OF_THE_BASE
+        return {"license": "other", "license_name": licence}
 
 
 def pack(x: Tensor) -> Tensor:
@@ -994,17 +973,7 @@ class Flux2(Family):
         mean, deviation = batch_norm_of(vae)
         return torch.nn.functional.pixel_shuffle(x * deviation + mean, 2)
 
-    def velocity(
-        self,
-        net: Flux2Transformer2DModel,
-        x: Tensor,
-        t: Tensor,
-        dtype: torch.dtype | None = None,
-        *,
-        text: Tensor,
-        guidance: Tensor,
-        empty_text: Tensor | None = None,
-    ) -> Tensor:
+    def velocity(self, net, x, t, dtype=None, *, text, guidance, empty_text=None) -> Tensor:
         # `empty_text` is for the teacher alone.
         dtype = dtype or net.dtype
         v = net(
@@ -1017,17 +986,7 @@ class Flux2(Family):
         ).sample
         return v.float().mT.unflatten(2, x.shape[2:])
 
-    def teacher_velocity(
-        self,
-        net: Flux2Transformer2DModel,
-        x: Tensor,
-        t: Tensor,
-        dtype: torch.dtype | None = None,
-        *,
-        text: Tensor,
-        guidance: Tensor,
-        empty_text: Tensor | None = None,
-    ) -> Tensor:
+    def teacher_velocity(self, net, x, t, dtype=None, *, text, guidance, empty_text=None) -> Tensor:
         if not self.true_guidance:
             return self.velocity(net, x, t, dtype, text=text, guidance=guidance)
         # With and without text in one pass of 2 B rows, which counts as two network calls.
@@ -1109,7 +1068,8 @@ beta, ancestral and lcm samplers"""
         if name == "black-forest-labs/flux.2-klein-base-4b":
             return {"license": "apache-2.0"}
         known = name.startswith("black-forest-labs/flux.2-")
-        return other_licence("flux-non-commercial-license" if known else OF_THE_BASE)
+        licence = "flux-non-commercial-license" if known else OF_THE_BASE
+        return {"license": "other", "license_name": licence}
 
 
 def batch_norm_of(vae: torch.nn.Module) -> tuple[Tensor, Tensor]:
@@ -1157,12 +1117,8 @@ class Model:
         self.quantize = quantize
         self.loaded = None  # the side in memory
         self.pipe = None
-        if Path(name).is_dir():
-            self.folder = Path(name)
-            self.base_model = Path(os.path.abspath(name)).name
-        else:
-            self.folder = None  # where it is downloaded to
-            self.base_model = name
+        self.folder = Path(name) if Path(name).is_dir() else None  # None: not downloaded yet
+        self.base_model = Path(os.path.abspath(name)).name if self.folder else name
         try:
             index = self.read_json("model_index.json")
             class_name = index["_class_name"]
@@ -1204,20 +1160,22 @@ class Model:
 
     def load(self, side: str, fresh: bool = False) -> DiffusionPipeline:
         """The stock pipeline with its "text" or "image" side; fresh: as it is on disk."""
-        if side != self.loaded or fresh:
-            self.unload()
-            readable = explain(
-                f"--model {self.name} can't be loaded: is it complete?",
-                OSError,
-                ValueError,
-                RuntimeError,
-                SafetensorError,
-            )
-            with self.name_missing_package(), readable:
+        if side == self.loaded and not fresh:
+            return self.pipe
+        self.unload()
+        kinds = (OSError, ValueError, RuntimeError, SafetensorError)
+        try:
+            with explain(f"--model {self.name} can't be loaded: is it complete?", *kinds):
                 self.pipe = self.read(side)
-            self.pipe.to(self.machine.device)
-            self.pipe.set_progress_bar_config(disable=True)
-            self.loaded = side
+        except ImportError as error:  # a quantised base needs the package of its quantisation
+            reason = str(error).strip().split(". ")[0].splitlines()[0]
+            die(
+                f"--model {self.name} needs a package that is missing ({reason}): install it and"
+                " start again"
+            )
+        self.pipe.to(self.machine.device)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.loaded = side
         return self.pipe
 
     def unload(self) -> None:
@@ -1245,18 +1203,6 @@ class Model:
                         " version of transformers requires: try a newer one"
                     )
         return family.pipeline.from_pretrained(self.folder, dtype=dtype, **parts)
-
-    @contextmanager
-    def name_missing_package(self):
-        """A quantised base needs the package that it was quantised with."""
-        try:
-            yield
-        except ImportError as error:
-            reason = str(error).strip().split(". ")[0].splitlines()[0]
-            die(
-                f"--model {self.name} needs a package that is missing ({reason}): install it and"
-                " start again"
-            )
 
 
 REFUSALS = (  # messages for errors while finding a model; the first that fits is used
@@ -1340,17 +1286,12 @@ class Cache:
         self.machine = model.machine
         self.data = data
         self.keys = {"text": data.text_keys, "latent": data.latent_keys}
-        self.empty = None  # conditions of no text, with one row each, once they are read
 
     def path(self, kind: str, i: int) -> Path:
         return cache_file(self.settings.out, kind, self.keys[kind][i])
 
     def is_whole(self, kind: str, i: int) -> bool:
         return read_metadata(self.path(kind, i)).get("key") == self.keys[kind][i]
-
-    def is_complete(self, kind: str) -> bool:
-        """Whether all files of this kind are there."""
-        return all(self.path(kind, i).exists() for i in range(len(self.keys[kind])))
 
     def write(self, kind: str, i: int, tensors: dict[str, Tensor]) -> None:
         write_tensors(self.path(kind, i), tensors, {"key": self.keys[kind][i]})
@@ -1374,16 +1315,18 @@ class Cache:
     def conditions(self, texts, guidance: float | Tensor) -> dict[str, Tensor]:
         """All that the family's velocity takes besides x and t, for texts at these places."""
         guidance = torch.as_tensor(guidance).expand(len(texts))
-        device = self.machine.device
         cond = self.read("text", texts) | {"guidance": guidance}
-        cond = {name: value.to(device) for name, value in cond.items()}
+        cond = {name: value.to(self.machine.device) for name, value in cond.items()}
         if self.data.empty is not None:
-            if self.empty is None:
-                entry = self.read("text", [self.data.empty])
-                self.empty = {name: value.to(device) for name, value in entry.items()}
-            for name, value in self.empty.items():
+            for name, value in self.no_text.items():
                 cond[f"empty_{name}"] = value.expand_as(cond[name])
         return cond
+
+    @cached_property
+    def no_text(self) -> dict[str, Tensor]:
+        """The embedding of no text, with one row, on the device."""
+        entry = self.read("text", [self.data.empty])
+        return {name: value.to(self.machine.device) for name, value in entry.items()}
 
     def noise(self, keys: list[tuple]) -> Tensor:
         """Noise (B, C, H, W), a draw for each key."""
@@ -1427,7 +1370,7 @@ Entries = list[dict[str, Tensor]]
 def fill(
     settings: Settings, cache: Cache, kind: str, make: Callable[[Settings, Cache, range], Entries]
 ) -> list[int]:
-    """Make the missing entries of a kind; returns their places.
+    """Make the missing entries of a kind; returns the places of those that this process made.
 
     A batch always consists of the same entries, for its rounding depends on all of them.
     """
@@ -1448,7 +1391,8 @@ def fill(
                 cache.write(kind, i, tensors)
         made += missing
     machine.wait()
-    if not cache.is_complete(kind):  # others made the rest; latents are made from the texts
+    # Other processes made the rest. All is needed here: latents are made from the texts.
+    if not all(cache.path(kind, i).exists() for i in range(count)):
         die(
             f"--out {settings.out} is not a folder that all machines share: put it on a shared disk"
         )
@@ -1570,31 +1514,26 @@ class LoRA:
         net = self.net
         net.requires_grad_(False)
         self.family.prepare(net)
-        bases = {name: net.get_submodule(name) for name in names}
-        all_A = []
-        for name, base in bases.items():
-            A = torch.randn(rank, base.in_features, generator=keyed(seed, "A", name)) / rank
-            all_A.append(A)
-        all_B = [torch.zeros(base.out_features, rank) for base in bases.values()]
-
-        matrices = [*all_A, *all_B]
-        flat = torch.cat([matrix.flatten() for matrix in matrices])
-        self.loaded = flat.to(net.device, net.dtype)  # the weights that the network computes with
-        self.first_B = sum(A.numel() for A in all_A)  # where B begins in a set of weights
-        # All layers' weights are views of that one vector.
-        parts = self.loaded.split([matrix.numel() for matrix in matrices])
-        views = [part.view(matrix.shape) for part, matrix in zip(parts, matrices)]
+        bases = [net.get_submodule(name) for name in names]
+        count = len(bases)
+        shapes = [(rank, base.in_features) for base in bases]  # of all A, then of all B
+        shapes += [(base.out_features, rank) for base in bases]
+        sizes = [math.prod(shape) for shape in shapes]
+        self.first_B = sum(sizes[:count])  # where B begins in a set of weights
+        # The weights that the network computes with. Those of all layers are views of this vector.
+        self.loaded = torch.zeros(sum(sizes), device=net.device, dtype=net.dtype)
+        views = [part.view(shape) for part, shape in zip(self.loaded.split(sizes), shapes)]
         self.switch = SimpleNamespace(on=False)
         self.layers = {}
-        count = len(bases)
-        for (name, base), A, B in zip(bases.items(), views[:count], views[count:], strict=True):
+        for name, base, A, B in zip(names, bases, views[:count], views[count:], strict=True):
+            A.copy_(torch.randn(A.shape, generator=keyed(seed, "A", name)) / rank)
             self.layers[name] = LoRALinear(base, A, B, self.switch)
             net.set_submodule(name, self.layers[name])
         layers = self.layers.values()
         self.params = [layer.A for layer in layers] + [layer.B for layer in layers]
 
     def loaded_weights(self) -> Tensor:
-        """A copy (P,) of the set that is loaded; in a new LoRA, one that makes it the teacher."""
+        """A copy (P,) of the set that is loaded; of a new LoRA, one that changes nothing."""
         return self.loaded.float().clone()
 
     def recompute(self, every: int) -> None:
@@ -1613,7 +1552,7 @@ class LoRA:
 
     @torch.no_grad()
     def use(self, weights: Tensor | None, scale: float = 1.0) -> None:
-        """Load weights (P,), with B multiplied by `scale`."""
+        """Load weights (P,), with B multiplied by `scale`; None or 0: switch the LoRA off."""
         self.switch.on = weights is not None and scale != 0
         if not self.switch.on:
             return
@@ -1635,15 +1574,6 @@ class LoRA:
         def call(x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
             self.use(weights, scale)
             return network(self.net, x, t, dtype, **cond)
-
-        return partial(in_batches, self.batch, call)
-
-    def base_velocity(self) -> sc.Velocity:
-        """The frozen network's velocity in one call, as the student has it at scale 0."""
-
-        def call(x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-            self.use(None)
-            return self.family.velocity(self.net, x, t, **cond)
 
         return partial(in_batches, self.batch, call)
 
@@ -1687,15 +1617,11 @@ class LoRA:
             for name, p in narrow.pop(module).items():
                 setattr(module, name, p)
 
-        hooks = []
-        for module in self.net.modules():
-            hooks.append(module.register_forward_pre_hook(to_float32))
-            hooks.append(module.register_forward_hook(to_own_type))
-        try:
+        with ExitStack() as hooks:  # each is removed at the end
+            for module in self.net.modules():
+                hooks.enter_context(module.register_forward_pre_hook(to_float32))
+                hooks.enter_context(module.register_forward_hook(to_own_type))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 # ----------------------------------------------------------------------------------- phase 2: train
@@ -1754,17 +1680,25 @@ def method_of(settings: Settings) -> Method:
 def method_with(config: sc.ShortcutConfig | sc.MatchedConfig, ema_warmup: bool = True) -> Method:
     """The method that a config of shortcut.py is for."""
     if isinstance(config, sc.ShortcutConfig):
-        decays = {"slow": config.slow_decay, "fast": config.fast_decay}
-        windows = partial(sc.sample_windows, config)
-        rho = config.teacher_ratio
-        return Method(decays, windows, sc.dual, ema_warmup, rho, 2 - rho)
+        return Method(
+            decays={"slow": config.slow_decay, "fast": config.fast_decay},
+            windows=partial(sc.sample_windows, config),
+            velocities=sc.dual,
+            ema_warmup=ema_warmup,
+            teacher_velocities=config.teacher_ratio,
+            ema_velocities=2 - config.teacher_ratio,
+        )
 
     def windows(batch: int, U: float, generator: torch.Generator) -> sc.Windows:
         return sc.matched_windows(config, batch, generator=generator)  # all are teacher rows
 
-    teacher_velocities = 2 * config.midpoint_steps
     return Method(
-        {"slow": config.slow_decay}, windows, sc.matched, ema_warmup, teacher_velocities, 1
+        decays={"slow": config.slow_decay},
+        windows=windows,
+        velocities=sc.matched,
+        ema_warmup=ema_warmup,
+        teacher_velocities=2 * config.midpoint_steps,
+        ema_velocities=1,
     )
 
 
@@ -2119,13 +2053,13 @@ class Validation:
 
     def lam(self, weights: Tensor, steps: int) -> float:
         if steps not in self.paths:
-            self.paths[steps] = self.teacher_path(steps)
+            self.paths[steps] = self.teacher_path(weights, steps)
         student = self.lora.velocity(weights)
         return sc.optimal_scale(student, self.paths[steps], **self.cond).item()
 
     @torch.no_grad()
-    def teacher_path(self, steps: int) -> sc.TeacherPath:
-        """The teacher's path, with the velocities that the student has at scale 0.
+    def teacher_path(self, weights: Tensor, steps: int) -> sc.TeacherPath:
+        """The teacher's path, with the velocities that any student has at scale 0.
 
         These are the teacher's, except with true guidance: then they are those without guidance,
         from which the scale leads to the student.
@@ -2134,7 +2068,7 @@ class Validation:
         path = sc.teacher_path(teacher, self.noise, self.times(steps), **self.cond)
         if not self.cache.model.family.true_guidance:
             return path
-        plain = self.lora.base_velocity()
+        plain = self.lora.velocity(weights, 0.0)
         states = zip(path.times[:-1], path.x, strict=True)
         velocities = [plain(x, t.expand(len(x)), **self.cond) for t, x in states]
         return path._replace(velocity=torch.stack(velocities))
@@ -2262,17 +2196,14 @@ def calibrate(settings: Settings, run: Run, validation: Validation, state: Train
     name = min(found, key=found.get)
     weights = state.weights[name]
 
-    best = {N: found[name]}
-    others = [n for n in settings.all_steps if n != N]
-    for n in cache.machine.progress(others, "calibrate"):
-        best[n] = validation.search(weights, n)
     scales = {}
     uncalibrated = []
-    for n, (distance, scale) in sorted(best.items()):
-        scales[n] = scale
+    for n in cache.machine.progress(settings.all_steps, "calibrate"):
+        distance, scale = found[name] if n == N else validation.search(weights, n)
         # At a scale near 0 every student samples like the untrained network: require an improvement
         # on that.
         at_zero = validation.distance(validation.end(weights, n, 0.0))
+        scales[n] = scale
         if scale in SCALES or not distance < 0.999 * at_zero:
             uncalibrated.append(n)
             scales[n] = 1.0
@@ -2284,8 +2215,7 @@ def calibrate(settings: Settings, run: Run, validation: Validation, state: Train
         note += f". {no_scale(missing)}"
 
     lora.use(weights, scales[N])
-    cond, noise = cache.held_out([0], "check")
-    check = stock_sample(model, noise, N, cond, settings.shift, settings.batch)
+    check = check_latents(settings, cache)
     if not check.isfinite().all():
         die(
             f"nothing is saved: at scale {scales[N]:g} the student's latents hold NaN or infinity;"
@@ -2302,7 +2232,7 @@ def calibrate(settings: Settings, run: Run, validation: Validation, state: Train
         "resolution": settings.resolution,
         "guidance": settings.guidance,
         "rank": settings.rank,
-        "max_sequence_length": cond["text"].shape[1],
+        "max_sequence_length": validation.cond["text"].shape[1],
         "iterations": state.iteration,
         "weights": "slow EMA of the student" if name == "slow" else name,
         "note": note,
@@ -2316,6 +2246,13 @@ def calibrate(settings: Settings, run: Run, validation: Validation, state: Train
         transformer_lora_layers=lora.named(weights),
         save_function=lambda tensors, path: write_tensors(Path(path), tensors, metadata),
     )
+
+
+def check_latents(settings: Settings, cache: Cache) -> Tensor:
+    """What the student that is loaded makes of the first text: the same before and after saving."""
+    cond, noise = cache.held_out([0], "check")
+    N = settings.student_steps
+    return stock_sample(cache.model, noise, N, cond, settings.shift, settings.batch)
 
 
 def save_for_comfyui(run: Run, family: Family) -> None:
@@ -2368,13 +2305,8 @@ def compare(settings: Settings, cache: Cache, run: Run) -> dict:
     adapter = read_adapter(run.out)
     N = settings.student_steps
     pipe = load_student(model, run.out, adapter["scales"][N])
-
-    def sample(noise: Tensor, steps: int, cond: dict[str, Tensor], guided: bool) -> Tensor:
-        return stock_sample(model, noise, steps, cond, settings.shift, settings.batch, guided)
-
     expected = load_file(run.check)["latents"].to(machine.device)
-    cond, noise = cache.held_out([0], "check")
-    check = rms(sample(noise, N, cond, guided=False) - expected) / rms(expected)
+    check = rms(check_latents(settings, cache) - expected) / rms(expected)
     if not check < (3e-2 if machine.device == "cuda" else 1e-5):
         die(
             f"self-check failed: in a fresh pipeline {run.lora} gives other latents than in"
@@ -2382,8 +2314,12 @@ def compare(settings: Settings, cache: Cache, run: Run) -> dict:
         )
 
     cond, noise = cache.held_out(data.comparison, "compare")
+
+    def sample(steps: int, guided: bool) -> Tensor:
+        return stock_sample(model, noise, steps, cond, settings.shift, settings.batch, guided)
+
     pipe.set_adapters("student", 0.0)
-    fine = sample(noise, settings.teacher_steps, cond, True)
+    fine = sample(settings.teacher_steps, guided=True)
     fine_images = model.family.decode(pipe, fine)
     steps = settings.all_steps
     samplers = {
@@ -2397,7 +2333,7 @@ def compare(settings: Settings, cache: Cache, run: Run) -> dict:
     for sampler, n in machine.progress(cells, "compare"):
         scale = samplers[sampler][n]
         pipe.set_adapters("student", scale)
-        latents = sample(noise, n, cond, sampler == "teacher")
+        latents = sample(n, guided=sampler == "teacher")
         distance = rms(latents - fine)
         if not math.isfinite(distance):
             die(
@@ -2417,7 +2353,7 @@ def compare(settings: Settings, cache: Cache, run: Run) -> dict:
     draw(settings, rows, texts, run.out / "comparison.png")
     return {
         "table": table,
-        "noises": len(noise),
+        "samples": len(noise),
         "self_check": check,
         "adapter": adapter,
         # Each sample with that of the same text and the next noise.
@@ -2432,15 +2368,21 @@ def markdown(results: dict) -> str:
     cells = {(row["sampler"], row["steps"]): row for row in results["table"]}
     samplers = list(dict.fromkeys(sampler for sampler, _ in cells))
     steps = list(dict.fromkeys(n for _, n in cells))
-    lines = [["Euler steps", *map(str, steps)], ["---"] * (1 + len(steps))]
+    rows = [["Euler steps", *steps]]
     for sampler in samplers:
         row = [cells[sampler, n] for n in steps]
-        lines.append([sampler, *(f"{cell['rmse']:.3f} / {cell['psnr']:.1f}" for cell in row)])
+        rows.append([sampler, *(f"{cell['rmse']:.3f} / {cell['psnr']:.1f}" for cell in row)])
     scales = ["its scale"]
     for n in steps:
         missing = n in results["adapter"]["uncalibrated"]
         scales.append("none found" if missing else f"{cells[samplers[-1], n]['scale']:.2f}")
-    return "\n".join(f"| {' | '.join(line)} |" for line in [*lines, scales])
+    return as_table([*rows, scales])
+
+
+def as_table(rows: list[list]) -> str:
+    """Rows in Markdown; the first is the head."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 # ----------------------------------------------------------------------------------------- --sample
@@ -2454,22 +2396,55 @@ def render(settings: Settings, machine: Machine) -> None:
     adapter = read_adapter(out)
     settings = follow_adapter(settings, adapter)
     model = Model(settings.model, machine, settings.quantize)
+    family = model.family
     other_model = (
         f"{out / LORA} was made for {adapter['base_model']}, and --model {settings.model} is a"
         " different model: give the one it was made for"
     )
-    if adapter.get("pipeline", model.family.pipeline.__name__) != model.family.pipeline.__name__:
+    if adapter["pipeline"] != family.pipeline.__name__:
         die(other_model)
-    refuse_untrained(settings, model.family)
-    is_other = settings.guidance != adapter["guidance"]
-    if model.family.true_guidance and is_other:
+    refuse_untrained(settings, family)
+    refuse_unscaled(settings, family, adapter)
+    model.download()
+    if adapter["settings"]["model"] != model.fingerprint:
+        die(other_model)
+    texts = list(settings.sample)
+    encoded = encode_texts(settings, model, texts)
+    name_cut_texts(settings, model, texts)
+    N = settings.student_steps
+    load_student(model, out, adapter["scales"][N])
+    guidance = torch.full((len(texts),), settings.guidance)
+    cond = stacked(encoded) | {"guidance": guidance}
+    noise = draw_noise(settings, model, [("sample", i) for i in range(len(texts))])
+    latents = stock_sample(model, noise, N, cond, settings.shift, settings.batch)
+    how = [
+        f"{N}-steps",
+        f"{settings.resolution}-px",
+        f"guidance-{settings.guidance:g}",
+        f"shift-{settings.shift:g}",
+        f"{settings.text_tokens}-tokens",
+        f"seed-{settings.seed}",
+    ]
+    for i, image in enumerate(family.decode(model.pipe, latents)):
+        name = "".join(c if c.isalnum() else "-" for c in texts[i])
+        name = name.encode()[:100].decode(errors="ignore")  # names of files have 255 bytes
+        path = out / "samples" / ("-".join([f"{i:02d}", name, *how]) + ".png")
+        with atomic(path) as part:
+            Image.fromarray((255 * image).round().byte().numpy()).save(part, "png")
+        print(path)
+
+
+def refuse_unscaled(settings: Settings, family: Family, adapter: dict) -> None:
+    """Ends if the saved LoRA has no scale for --student-steps, or has learned another guidance."""
+    out = settings.out
+    if family.true_guidance and settings.guidance != adapter["guidance"]:
         die(
             f"--guidance: the student in --out {out} has learned a guidance of"
             f" {adapter['guidance']:g}, and no other can be had from it: leave the flag out"
         )
     N = settings.student_steps
-    shown = recommended(adapter["student_steps"], adapter["scales"], model.family)
-    if N not in shown and model.family.true_guidance:
+    shown = recommended(adapter["student_steps"], adapter["scales"], family)
+    if N not in shown and family.true_guidance:
         die(
             f"--student-steps {N}: the student in --out {out} was distilled for"
             f" {adapter['student_steps']}, and its scale for others changes its guidance, too:"
@@ -2484,34 +2459,6 @@ def render(settings: Settings, machine: Machine) -> None:
         others = set(shown) - set(adapter["uncalibrated"])
         advice = "give another --student-steps" if others else "distil again, for longer"
         tqdm.write(f"{no_scale([N])}: {advice}", file=sys.stderr)
-    model.download()
-    if adapter["settings"]["model"] != model.fingerprint:
-        die(other_model)
-    texts = list(settings.sample)
-    encoded = encode_texts(settings, model, texts)
-    name_cut_texts(settings, model, texts)
-    load_student(model, out, adapter["scales"][settings.student_steps])
-    guidance = torch.full((len(texts),), settings.guidance)
-    cond = stacked(encoded) | {"guidance": guidance}
-    noise = draw_noise(settings, model, [("sample", i) for i in range(len(texts))])
-    latents = stock_sample(
-        model, noise, settings.student_steps, cond, settings.shift, settings.batch
-    )
-    how = [
-        f"{settings.student_steps}-steps",
-        f"{settings.resolution}-px",
-        f"guidance-{settings.guidance:g}",
-        f"shift-{settings.shift:g}",
-        f"{settings.text_tokens}-tokens",
-        f"seed-{settings.seed}",
-    ]
-    for i, image in enumerate(model.family.decode(model.pipe, latents)):
-        name = "".join(c if c.isalnum() else "-" for c in texts[i])
-        name = name.encode()[:100].decode(errors="ignore")  # names of files have 255 bytes
-        path = out / "samples" / ("-".join([f"{i:02d}", name, *how]) + ".png")
-        with atomic(path) as part:
-            Image.fromarray((255 * image).round().byte().numpy()).save(part, "png")
-        print(path)
 
 
 def recommended(student_steps: int, scales: dict[int, float], family: Family) -> list[int]:
@@ -2536,9 +2483,7 @@ def follow_adapter(settings: Settings, adapter: dict) -> Settings:
             f"the adapter in --out {settings.out} was made for {made_with['model']}, a folder: say"
             " where it is with --model"
         )
-    for name in settings.given & made_with.keys():
-        del made_with[name]
-    settings = replace(settings, **made_with)
+    settings = settings.with_defaults(made_with)
     if settings.quantize and not find_spec("torchao"):
         die(
             f"the adapter in --out {settings.out} is for an int8 base, which needs torchao: pip"
@@ -2634,25 +2579,22 @@ def read_data(settings: Settings, model: Model) -> Data:
         how = [settings.teacher_steps, model.family.pool_guidance(settings.guidance)]
         examples = [Example(text, [text, i, *how], None) for i, text in enumerate(prompts)]
     held_out_texts = {text.casefold() for text in held_out}
-    numbered = []
-    for number, example in enumerate(examples):
-        if example.caption.casefold() not in held_out_texts:
-            numbered.append((number, example))
-    left_out = len(examples) - len(numbered)
+    numbers = [i for i, one in enumerate(examples) if one.caption.casefold() not in held_out_texts]
+    left_out = len(examples) - len(numbers)
     if settings.images and machine.lead and left_out:
         print(f"left out {counted(left_out, 'image')}: the caption is a held-out prompt")
-    if machine.lead and settings.limit > len(numbered) > 0:
+    if machine.lead and settings.limit > len(numbers) > 0:
         print(
-            f"--limit {settings.limit} is more than the {len(numbered)} pairs there are: all are"
+            f"--limit {settings.limit} is more than the {len(numbers)} pairs there are: all are"
             " used"
         )
-    numbered = numbered[: settings.limit or None]
-    if not numbered:  # only with --images: read_prompts checks the other case
+    numbers = numbers[: settings.limit or None]
+    if not numbers:  # only with --images: read_prompts checks the other case
         die(
             f"every caption in --images {settings.images} is also one of the {len(held_out)}"
             " held-out prompts: give --prompts a file that ends with other lines"
         )
-    kept = [example for _, example in numbered]
+    kept = [examples[i] for i in numbers]
     empty = [""] if model.family.true_guidance else []
     captions = [example.caption for example in kept]
     texts = list(dict.fromkeys([*held_out, *captions, *empty]))
@@ -2664,7 +2606,7 @@ def read_data(settings: Settings, model: Model) -> Data:
 
     return Data(
         texts=texts,
-        pairs=[Pair(places[one.caption], one.image, number) for number, one in numbered],
+        pairs=[Pair(places[one.caption], one.image, i) for i, one in zip(numbers, kept)],
         held_out=held_out,
         validation=list(range(third)),
         comparison=list(range(third, len(held_out))),
@@ -2762,7 +2704,6 @@ def list_images(folder: Path) -> tuple[list[tuple[Path, str]], list[str], list[s
 
     Hidden files are ignored, sub-folders are not searched.
     """
-    Image.init()
     kinds = Image.registered_extensions()
     visible = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     folders = [path for path in visible if path.is_dir()]
@@ -2871,8 +2812,7 @@ def open_image(path: Path, resolution: int) -> Tensor:
     buckets = generate_aspect_ratio_buckets(resolution)
     height, width = buckets[find_nearest_bucket(image.height, image.width, buckets)]
     processor = VaeImageProcessor(resample="lanczos")
-    image = processor.resize(image, height, width, resize_mode="crop")
-    return processor.preprocess(image, height, width)
+    return processor.preprocess(image, height, width, resize_mode="crop")
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -2957,7 +2897,7 @@ Not suited: {unsuited}.
 
 {strengths}
 
-RMSE of latents / PSNR of images (dB) to {fine} steps of the teacher, {noises} samples of held-out
+RMSE of latents / PSNR of images (dB) to {fine} steps of the teacher, {samples} samples of held-out
 prompts. Two samples of one prompt by the teacher differ by {seed_to_seed:.3f}. The scaled student
 has the scales of the last row.
 
@@ -3010,20 +2950,19 @@ def card(results: dict, out: Path, family: Family, machine: Machine) -> str:
     shown = recommended(N, adapter["scales"], family)
     missing = set(adapter["uncalibrated"]).intersection(shown)
     is_warning = "WARNING" in sentence or missing
-    rows = ["| steps | scale, or strength | times for ManualSigmas |", "| --- | --- | --- |"]
+    rows = [["steps", "scale, or strength", "times for ManualSigmas"]]
     for n in shown:
         cell = "none found" if n in missing else adapter["scales"][n]
-        rows.append(f"| {n} | {cell} | `{format_times(n, shift)}` |")
+        rows.append([n, cell, f"`{format_times(n, shift)}`"])
+    strengths = as_table(rows)
+    guidance_node = f"| FluxGuidance | guidance {adapter['guidance']:g} |\n"
     if family.true_guidance:
-        rows.append(OWN_STEPS)
-    guidance_node = ""
-    if not family.true_guidance:
-        guidance_node = f"| FluxGuidance | guidance {adapter['guidance']:g} |\n"
+        strengths += f"\n{OWN_STEPS}"
+        guidance_node = ""
     made_with = [f"{name}: {markdown_code(value)}" for name, value in identity.items()]
     more = {
         "head": card_head(adapter["base_model"], family),
         "title": markdown_code(adapter["base_model"]),
-        "pipeline": family.pipeline.__name__,
         "alarm": f"\n> Warning. {sentence}\n" if is_warning else "",
         "verdict": "" if is_warning else f" {sentence}",
         "precision": precision if is_int8 else dtype,
@@ -3037,7 +2976,7 @@ def card(results: dict, out: Path, family: Family, machine: Machine) -> str:
         "guidance_scale": 1.0 if family.true_guidance else adapter["guidance"],
         "times": format_times(N, shift),
         "no_node": no_node,
-        "strengths": "\n".join(rows),
+        "strengths": strengths,
         "table": markdown(results),
         "costs": card_costs(results),
         "lora": LORA,
@@ -3052,11 +2991,11 @@ def card(results: dict, out: Path, family: Family, machine: Machine) -> str:
 
 def card_costs(results: dict) -> str:
     """Seconds and memory of each phase, on what machine, and what was checked there."""
-    rows = ["| phase | time | peak GPU memory |", "| --- | --- | --- |"]
+    rows = [["phase", "time", "peak GPU memory"]]
     for name, phase in results["phases"].items():
         memory = f"{phase['peak_gib']:.1f} GiB" if phase["peak_gib"] else ""
-        rows.append(f"| {name} | {duration(phase['seconds'])} | {memory} |")
-    machine = dict(results["machine"])
+        rows.append([name, duration(phase["seconds"]), memory])
+    machine = results["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in machine.items() if name != "device")
     calls = results["network_calls"]
     words = [
@@ -3079,7 +3018,7 @@ def card_costs(results: dict) -> str:
             "If merged into bfloat16 weights, much of this change is lost to rounding: load the"
             " file as a LoRA instead."
         )
-    return "\n".join([*rows, "", *words])
+    return "\n".join([as_table(rows), "", *words])
 
 
 def card_head(base_model: str, family: Family) -> str:
@@ -3103,8 +3042,7 @@ def format_times(steps: int, shift: float) -> str:
 
 def markdown_code(value) -> str:
     """A value as code in Markdown, whatever characters it holds."""
-    text = " ".join(str(value).split())
-    text = text.encode("utf-8", "replace").decode()  # names of files need not be UTF-8
+    text = tidy(str(value)).encode("utf-8", "replace").decode()  # names need not be UTF-8
     fence = "`"
     while fence in text:
         fence += "`"
@@ -3150,7 +3088,7 @@ def check_device(settings: Settings, cache: Cache, lora: LoRA) -> dict[str, floa
 
 
 def device_errors(settings: Settings, cache: Cache, lora: LoRA) -> dict[str, float]:
-    """Compare what this device computes with what it should, on one row; relative differences.
+    """Compare what this device computes with what it should; relative differences.
 
     All of these errors are silent: finite numbers, and a student that learns something else. The
     LoRA is drawn away from the teacher, so that every weight of it has a gradient.
@@ -3172,13 +3110,10 @@ def device_errors(settings: Settings, cache: Cache, lora: LoRA) -> dict[str, flo
 
     def gradient(rows: int) -> Tensor:
         """Of the mean loss of `rows` equal rows: the same for any number of them."""
-
-        def repeat(x: Tensor) -> Tensor:
-            return x.repeat_interleave(rows, 0)
-
+        repeat = partial(torch.repeat_interleave, repeats=rows, dim=0)
         many = {name: repeat(x) for name, x in cond.items()}
         v = lora.velocity(weights)(repeat(x_t), repeat(t), **many)
-        (v - repeat(noise - x_0)).square().mean().backward()
+        (v - (noise - x_0)).square().mean().backward()
         holder = torch.empty_like(weights)
         lora.move_gradients(holder, 1.0)
         return holder.grad
@@ -3233,7 +3168,7 @@ class Machine:
         self.dtype = torch.bfloat16 if gpu else torch.float32
         self.process = state.process_index
         self.processes = state.num_processes
-        self.lead = state.is_main_process  # the one that validates and writes
+        self.lead = state.is_main_process  # it validates, and writes all but the cache
 
     def add_up(self, *tensors: Tensor) -> None:
         """Sum each tensor over all processes, in place; a barrier."""
@@ -3257,8 +3192,6 @@ class Machine:
 
     def collect(self, items: list) -> list:
         """The items of all processes."""
-        if self.processes == 1:
-            return items
         with self.name_lost_process():
             return gather_object(items)
 
@@ -3278,7 +3211,7 @@ class Machine:
 
     def progress(self, items, text: str, **options):
         """A progress bar over the items, shown by one process."""
-        quiet = {} if self.lead else {"disable": True}
+        quiet = {} if self.lead else {"disable": True}  # False would override TQDM_DISABLE
         return tqdm(items, text, **options | quiet)
 
     def memory(self) -> float:
@@ -3399,29 +3332,29 @@ def forecast(
     every_n = sum(settings.all_steps)
     N = settings.student_steps
     call = validation.seconds  # one network call, on all validation rows
-    validate = call * (N + every_n)  # a sampling, and a velocity at each step for lam*
-    calibrate = call * 11 * (every_n + N)  # ten samplings and lam*; at N for two sets of weights
+    validating = call * (N + every_n)  # a sampling, and a velocity at each step for lam*
+    calibrating = call * 11 * (every_n + N)  # ten samplings and lam*; at N for two sets of weights
     teacher_calls = validation.teacher_calls
-    compare = call * (teacher_calls * (settings.teacher_steps + every_n) + 2 * every_n)
-    compare *= validation.compared
+    comparing = call * (teacher_calls * (settings.teacher_steps + every_n) + 2 * every_n)
+    comparing *= validation.compared
     left = range(iteration + 1, settings.iterations + 1)
     due = [i for i in left if i % settings.validate_every == 0 or i == settings.iterations]
     # The first lam* also follows the teacher's path, by 16 velocities a step.
-    training = len(left) * seconds + len(due) * validate + call * teacher_calls * 16 * every_n
+    training = len(left) * seconds + len(due) * validating + call * teacher_calls * 16 * every_n
     end = datetime.now() + timedelta(seconds=training)
-    validations = f"{counted(due, 'validation')} of {duration(validate)}"
+    validations = f"{counted(due, 'validation')} of {duration(validating)}"
     words = (
         f"{seconds:.3g} s per iteration; training takes {duration(training)} more, until"
         f" {end:%a %H:%M}, with {validations}; calibration then takes about"
-        f" {duration(calibrate)} and comparison {duration(compare)}; a row of an iteration takes"
-        f" {validation.network_calls['iteration']:g} network calls"
+        f" {duration(calibrating)} and comparison {duration(comparing)}; a row of an iteration"
+        f" takes {validation.network_calls['iteration']:g} network calls"
     )
     if machine.device != "cuda":
         return words
     peak = machine.peak_memory()
-    card = machine.memory() / 2**30
-    words += f"; peak memory {peak:.1f} of {card:.1f} GiB"
-    if peak > 0.95 * card:
+    have = machine.memory() / 2**30
+    words += f"; peak memory {peak:.1f} of {have:.1f} GiB"
+    if peak > 0.95 * have:
         words += f". WARNING: that is nearly all, and may not last; {LESS_MEMORY}"
     return words
 
@@ -3438,12 +3371,11 @@ def on_stop(handler):
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows lacks the last
-    kinds = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {kind: signal.getsignal(kind) for kind in kinds}
-    before = {kind: old for kind, old in before.items() if old not in (signal.SIG_IGN, None)}
-    for kind in before:
-        signal.signal(kind, handler)
+    before = {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        kind = getattr(signal, name, None)  # Windows lacks the last
+        if kind and signal.getsignal(kind) not in (signal.SIG_IGN, None):
+            before[kind] = signal.signal(kind, handler)
     try:
         yield
     finally:

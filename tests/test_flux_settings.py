@@ -43,7 +43,7 @@ def test_help_names_every_flag_with_its_text_and_default(setting, helped, tmp_pa
     typed = fd.parse([flag_of(setting.name), *shown[1].split()])
     assert getattr(typed, setting.name) == default
     dev = fd.Flux2({"_class_name": "Flux2Pipeline"}, {})
-    others = fd.parse([]).suited_to(dev)
+    others = fd.parse([]).with_defaults(dev.defaults)
     typed = fd.parse([flag_of(setting.name), *(shown[2] or shown[1]).split()])
     assert getattr(typed, setting.name) == getattr(others, setting.name)
 

@@ -803,7 +803,7 @@ def test_klein_4b_fits_a_24_gb_card(tmp_path, monkeypatch, batch, resolution, fi
         name="klein", machine=machine, family=family,
         latent_shape=lambda resolution: family.latent_shape(vae, resolution),
     )  # fmt: skip
-    settings = fd.Settings(batch=batch, resolution=resolution).suited_to(family)
+    settings = fd.Settings(batch=batch, resolution=resolution).with_defaults(family.defaults)
     assert settings.text_tokens == 512
     if fits:
         fd.check_memory(settings, model)
@@ -814,10 +814,12 @@ def test_klein_4b_fits_a_24_gb_card(tmp_path, monkeypatch, batch, resolution, fi
 
 def test_flags_win_over_the_defaults_of_a_family(tmp_path):
     family = fd.Flux2({"_class_name": "Flux2KleinPipeline"}, {"guidance_embeds": False})
-    settings = fd.parse(["--shift", "3", "--out", str(tmp_path)]).suited_to(family)
+    settings = fd.parse(["--shift", "3", "--out", str(tmp_path)]).with_defaults(family.defaults)
     assert (settings.shift, settings.shift_range, settings.guidance) == (3.0, (4.0, 8.0), 4.0)
     assert settings.layers == "all"
-    settings = fd.parse(["--layers", "blocks", "--out", str(tmp_path)]).suited_to(family)
+    settings = fd.parse(["--layers", "blocks", "--out", str(tmp_path)]).with_defaults(
+        family.defaults
+    )
     assert settings.layers == "blocks"
 
 

@@ -729,7 +729,9 @@ def tried_on_flux(method: str) -> list[dict]:
         return [FLUX_SETTINGS[method] | {"rate": rate} for rate in (2.5e-4, 5e-4, 1e-3, 2e-3)]
     if method == "down to 3":
         ladders = ((6, 3), DOWN_TO_3[1:], DOWN_TO_3, (48, *DOWN_TO_3))
-        tries = product(ladders, (5e-4, 1e-3, 2e-3), (1.0, 2.0))
+        rates = (5e-4, 1e-3, 2e-3)
+        tries = [(ladders[0], rate, 1.0) for rate in rates]  # one rung
+        tries += product(ladders[1:], rates, (1.0, 2.0))
         return [dict(ladder=ladder, rate=rate, growth=growth) for ladder, rate, growth in tries]
     tries = product((1.25e-4, 2.5e-4, 5e-4, 1e-3), (0.25, 0.5))
     some = [dict(rate=rate, decay=0.95, plain=plain, finest=32) for rate, plain in tries]
