@@ -398,6 +398,14 @@ def test_rates_of_direct_regression_are_those_that_the_tuning_found():
             assert baselines.tuned_rate(rows, shift, budget, method) == rate
 
 
+def test_settings_on_the_tiny_flux_are_those_that_the_tuning_found():
+    rows = common.where(common.load(common.RESULTS / "baselines.json"), "tune_flux")
+    assert common.grouped(rows, "method").keys() == baselines.FLUX_SETTINGS.keys()
+    for method, some in common.grouped(rows, "method").items():
+        best = min(some, key=lambda row: row.found["errors"][3])
+        assert best.settings["settings"] == common.as_kept(baselines.FLUX_SETTINGS[method][-1])
+
+
 def test_tables_of_direct_regression_have_errors_and_geometric_means_of_ratios():
     """Rows may come in any order, and of the last seed a flow may be missing."""
 

@@ -151,10 +151,10 @@ def tables(rows: list[common.Row]) -> list[str]:
         some = common.where(rows, "oracle", weights=weights, captions=captions)
         if some:
             cells = [common.mean_text(common.column(some, "errors", n)) for n in columns]
-            lines.append([weights, captions, *cells])
+            lines.append([weights, captions, len(some), *cells])
     by_seed = common.grouped(rows, "seed")
     teacher = common.mean_text([some[0].found["teacher"] for some in by_seed.values()])
-    head = ["weights", "captions", *(f"{n} iterations" for n in columns)]
+    head = ["weights", "captions", "seeds", *(f"{n} iterations" for n in columns)]
     of_method = common.where(common.load(common.RESULTS / "flux.json"), "all pairs")
     same = [row for row in of_method if row.settings["seed"] in by_seed]
     demonstration = common.mean_text([row.found["student"][STEPS] for row in same])

@@ -14,6 +14,7 @@ import time
 import baselines
 import common
 import fewshot
+import flux
 
 import toy_2d
 
@@ -180,6 +181,17 @@ def to_progressive() -> str:
     return f"{', '.join(others)} and {last}"
 
 
+def for_steps() -> str:
+    """How far students of the tiny Flux for other numbers of steps end."""
+    ratios = []
+    for steps in (1, 2, 4, 8):
+        rows = common.where(results("flux"), flux.FOR_STEPS[steps])
+        student, teacher = (common.column(rows, name, steps) for name in ("student", "teacher"))
+        ratios.append(f"{student.mean() / teacher.mean():.2f}")
+    *others, last = ratios
+    return f"tiny Flux, N = 1, 2, 4, 8: {', '.join(others)}, {last} times the teacher's distance"
+
+
 def of_klein() -> str:
     """How far the student of the tiny klein ends, and how often it shows its caption."""
     rows = common.where(results("klein"), "klein")
@@ -226,6 +238,7 @@ def quotations() -> list[str]:
         f" 2 and {full[2]} in one, with a tenth of the budget {tenth[0]}, {tenth[1]} and"
         f" {tenth[2]}.",
         f"the ratio, on the four flows, is {to_progressive()}.",
+        for_steps(),
         of_klein(),
     ]  # fmt: skip
 
