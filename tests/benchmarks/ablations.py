@@ -347,7 +347,7 @@ def tasks(flows, seeds) -> dict[str, list[common.Task]]:
 def tables(rows: list[common.Row]) -> list[str]:
     by_flow = common.grouped(rows, "flow")
     names = {"error": "scale 1", "calibrated": "calibrated", "2 steps": "2 steps, calibrated"}
-    head = [f"{STEPS} steps", "expected"]
+    head = [f"in {STEPS} steps, if nothing is said", "expected, or why it was tried"]
     head += [f"{flow}: {name}" for flow in by_flow for name in (*names.values(), "lam*")]
     lines = []
     for variant in VARIANTS:

@@ -92,7 +92,7 @@ def tables(rows: list[common.Row]) -> list[str]:
     all_pairs = runs["all pairs"]
     lines = []
     apart = common.column(all_pairs, "seed to seed").mean()
-    lines += [f"Two seeds of the teacher: {apart:.3f}"]
+    lines += [f"Distance between the teacher's ends from two noises: {apart:.3f}"]
     if "stopped when matched" in runs:
         counts = [str(row.found["iterations"]) for row in runs["stopped when matched"]]
         lines += [f"Stopped when matched after {', '.join(counts)} iterations"]
@@ -136,8 +136,8 @@ def table_of_students(by_steps: dict[int, list[common.Row]]) -> list[str]:
             own = common.column(rows, "student, scaled", N)
             of_three = f"{common.mean_text(errors)} ({common.ratio_text(own, errors)})"
         cells.append([str(N), *texts, of_three])
-    head = ["distilled for and sampled in N steps; N", "teacher", "student, scale 1"]
-    head += ["student, scaled", "student for 3 steps, scaled (ratio of the one for N to it)"]
+    head = ["steps N, of distillation and sampling", "teacher", "student, scale 1"]
+    head += ["student, scaled", "student for 3, scaled, in N steps (scaled student for N / this)"]
     return common.table(head, cells)
 
 

@@ -8,7 +8,8 @@ and 6 in one of ours: 3 for forward and backward, the others for the target. A s
 its search once. The teacher's training is not counted.
 
 Both recipes have the same settings to choose from: EMA and batch, SETTINGS; on each line of a table
-the best one counts ("tuned"). `--parts tune` (seed 100, moons and gaussians) tries three rates with
+the best one counts ("tuned"). "(1 of 2)": in so many of the seeds; "both in 1 of 3": in only so
+many did both reach the level. `--parts tune` (seed 100, moons and gaussians) tries three rates with
 each of them. For comparison: "published", the paper's recipe with its own EMA decays, 0.99 / 0.999
 from the start, at half the rate (2 seeds, for it takes the longest), and "shipped", ours as
 toy_2d.py trains. On the tiny Flux: FLUX_SETTINGS.
@@ -172,7 +173,7 @@ def tables(rows: list[common.Row]) -> list[str]:
         if teacher:
             levels |= {f"teacher, {n} steps": [e[n] for e in teacher] for n in (16, 24, 32)}
         seeds = len(common.grouped(some, "seed"))
-        lines += [f"**{flow}**, {seeds} seeds; thousand network calls until a level is reached"]
+        lines += [f"**{flow}**, {seeds} seeds; thousand network calls to a level, and the batch"]
         lines += table_of_levels(columns, levels, SEARCH, common.energy_text)
         lines += ["Least error of a training", *table_of_least(columns, common.energy_text)]
     if curves:
@@ -351,7 +352,7 @@ def tables_of_flux(rows: list[common.Row]) -> list[str]:
     for n in FLUX_LEVELS:
         levels[f"teacher, {n} steps"] = [curve["teacher"][n] for curve in columns["ours"][0]]
     seeds = len(common.grouped(rows, "seed"))
-    lines = [f"**tiny Flux**, {seeds} seeds; thousand network calls until a level is reached"]
+    lines = [f"**tiny Flux**, {seeds} seeds; thousand network calls to a level, and the batch"]
     lines += table_of_levels(columns, levels, FLUX_SEARCH, common.mean_text)
     lines += ["Least error of a training", *table_of_least(columns, common.mean_text)]
     for recipe, setting in product(RECIPES, FLUX_SETTINGS + FLUX_PUBLISHED):

@@ -147,7 +147,7 @@ def table_of_students(rows: list[common.Row]) -> list[str]:
     if not rows:
         return []
     apart = common.column(rows, "seed to seed").mean()
-    lines = [f"{len(rows)} seeds; two seeds of the teacher: {apart:.3f}"]
+    lines = [f"{len(rows)} seeds; distance between the teacher's ends from two noises: {apart:.3f}"]
     distances = []
     for sampler in rows[0].found["distance"]:
         texts = [common.mean_text(common.column(rows, "distance", sampler, n)) for n in STEPS]

@@ -427,7 +427,7 @@ def tables(rows: list[common.Row]) -> list[str]:
         lines += ["90 % quantile of its distance to 1", *table_of_ratios(students)]
         lines += [
             "Look-ahead in t of some of them: predicted / of an exact student / measured, by the"
-            " exponential"
+            " exponential; at u = 1/32 only measured"
         ]
         lines += table_of_students(students)
     why = common.where(rows, "why")
@@ -493,7 +493,7 @@ def table_of_ratios(rows: list[common.Row]) -> list[str]:
             cells.append(f"{np.median(ratio):.2f}; {half:.0%}, {most:.0%}")
         lines.append([*cells, f"{np.median(flat(some, 'explained')):.0%}"])
     head = ["flow", "shift", "windows", "students", *DISTRIBUTIONS]
-    head += ["exponential, exact student", "exponential, student / exact", "explained"]
+    head += ["exact student / predicted", "measured / exact student", "explained"]
     return common.table(head, lines)
 
 

@@ -136,7 +136,7 @@ def few_pairs() -> str:
         common.column(common.where(results("fewshot"), "draws", pairs=pairs), "rmse", "student")
         for pairs in (10, fewshot.ALL)
     )
-    return f"tiny Flux: {few.mean() / whole.mean():.2f} times"
+    return f"tiny Flux, on its own images: {few.mean() / whole.mean():.2f} times"
 
 
 def step_of(flags: str) -> dict:
