@@ -285,7 +285,8 @@ def table_of_tuning(rows: list[common.Row]) -> list[str]:
             at_rate = [row for row in some if row.settings["setting"]["rate"] == rate]
             errors = [1e4 * min(row.found["scale 1"]) for row in at_rate]
             cells += [f"{np.exp(np.mean(np.log(errors))):.1f}", f"{min(errors):.1f}"]
-        lines.append(cells)
+        if len(cells) > 2:
+            lines.append(cells)
     head = ["recipe", "rate"]
     for flow in common.grouped(rows, "flow"):
         head += [f"{flow}: mean", f"{flow}: least"]
