@@ -351,6 +351,7 @@ class MatchedConfig:
 
         One is enough for samplers of three or more steps, even at a shift of 6.
         """
+        # In t the part is longest where it ends at the data: there the shift stretches time most.
         longest_part = shift_time(torch.tensor(self.teacher_part / self.steps), self.shift)
         return math.ceil(2 * longest_part.item())
 

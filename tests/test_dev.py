@@ -5,8 +5,6 @@ The pipeline has random weights; see tiny_dev.py. For what it shares with klein 
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline, Flux2Trans
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_dev import make_tiny_dev
-from tiny_runs import calls_by_phase, copied, fd, prepared, run, says
+from tiny_runs import calls_by_phase, cards_code, copied, fd, image_of_code, prepared, run, says
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -162,17 +160,10 @@ def test_the_cards_code_in_another_process_makes_the_students_image(
     """By stock diffusers alone, but for the noise."""
     out = copied(finished.out, tmp_path / "out")
     (tmp_path / "tiny_dev").symlink_to(folder)
-    noise = setup.cache.noise([("check", 0, k) for k in range(setup.settings.noises)])
-    fd.save_file({"noise": noise[:1]}, tmp_path / "noise.safetensors")
-    code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    noise = setup.cache.noise([("check", 0, 0)])
+    code = cards_code(out)
     assert f"guidance_scale={GUIDANCE}," in code
-    code = code.replace('"PROMPT"', repr(setup.data.texts[0]))
-    given = 'safetensors.torch.load_file("noise.safetensors")["noise"]'
-    code = code.replace("pipe(prompt", f"pipe(latents={given}, prompt")
-    code = f"import safetensors.torch\n{code}\nimage.save('image.png')"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-    with Image.open(tmp_path / "image.png") as image:
-        found = np.asarray(image).astype(int)
+    found = image_of_code(code, setup.data.texts[0], noise, tmp_path)
     check = load_file(out / fd.CHECK)["latents"][:1]
     pixels = setup.model.family.decode(stock_pipeline(folder), check)[0].numpy()
     assert np.abs(found - 255 * pixels).max() <= 1

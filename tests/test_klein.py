@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -31,7 +30,19 @@ from faults import before_network_calls
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_dev import make_tiny_dev
-from tiny_runs import TINY, calls_by_phase, copied, fd, new_lora, prepared, run, same_run, says
+from tiny_runs import (
+    TINY,
+    calls_by_phase,
+    cards_code,
+    copied,
+    fd,
+    image_of_code,
+    new_lora,
+    prepared,
+    run,
+    same_run,
+    says,
+)
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -478,16 +489,9 @@ def test_the_cards_code_in_another_process_makes_the_students_image(finished, se
     """By stock diffusers alone, but for the noise."""
     out = copied(finished.out, tmp_path / "out")
     (tmp_path / "tiny_klein").symlink_to(KLEIN)
-    noise = setup.cache.noise([("check", 0, k) for k in range(setup.settings.noises)])
-    fd.save_file({"noise": noise[:1]}, tmp_path / "noise.safetensors")
-    code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    code = code.replace('"PROMPT"', repr(setup.data.texts[0]))
-    given = 'safetensors.torch.load_file("noise.safetensors")["noise"]'
-    code = code.replace("pipe(prompt", f"pipe(latents={given}, prompt")
-    code = f"import safetensors.torch\n{code}\nimage.save('image.png')"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-    with Image.open(tmp_path / "image.png") as image:
-        found = np.asarray(image).astype(int)
+    noise = setup.cache.noise([("check", 0, 0)])
+    code = cards_code(out)
+    found = image_of_code(code, setup.data.texts[0], noise, tmp_path)
     check = load_file(out / fd.CHECK)["latents"][:1]
     pixels = setup.model.family.decode(stock_pipeline(6.0), check)[0].numpy()
     assert np.abs(found - 255 * pixels).max() <= 1

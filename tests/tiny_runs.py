@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,6 +89,24 @@ def calls_by_phase(
         init = as_phase(fd.Validation.__init__, "references")
         patch.setattr(fd.Validation, "__init__", init)
         yield found
+
+
+def cards_code(out: Path) -> str:
+    """The code for diffusers in the model card."""
+    return (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+
+
+def image_of_code(code: str, text: str, noise: torch.Tensor, folder: Path) -> np.ndarray:
+    """Image (h, w, 3) in 0..255 that the card's code makes of text and noise in another process."""
+    fd.save_file({"noise": noise}, folder / "noise.safetensors")
+    given = 'safetensors.torch.load_file("noise.safetensors")["noise"]'
+    code = code.replace('"PROMPT"', repr(text)).replace(
+        "pipe(prompt", f"pipe(latents={given}, prompt"
+    )
+    code = f"import safetensors.torch\n{code}\nimage.save('image.png')"
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
+    with Image.open(folder / "image.png") as image:
+        return np.asarray(image).astype(int)
 
 
 def copied(folder: Path, to: Path) -> Path:
