@@ -123,12 +123,12 @@ def table_of_flux(rows: list[common.Row]) -> list[str]:
         if recipe != "teacher":
             cells = [recipe, suited(recipe), f"{iterations(recipe, FLUX_PLAIN, some[0].length):,}"]
         distances = [common.column(some, "frechet", n) for n in FLUX_STEPS]
-        cells += [common.mean_text(values, 2, 100) for values in distances]
+        cells += [common.mean_text(values) for values in distances]
         shown = [common.column(some, "shown", n) for n in FLUX_STEPS]
         cells += [common.mean_text(values, 1, 100) for values in shown]
         lines.append([*cells, common.mean_text(common.column(some, "loss"), 4)])
     head = ["", "suits N =", "iterations"]
-    head += [f"Fréchet distance x 100, {n} steps" for n in FLUX_STEPS]
+    head += [f"Fréchet distance, {n} steps" for n in FLUX_STEPS]
     head += [f"shown, {n} steps, %" for n in FLUX_STEPS]
     return common.table([*head, "loss"], lines)
 
