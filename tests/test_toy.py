@@ -298,7 +298,6 @@ def test_calibration_is_near_the_closed_form_and_better_than_scale_1(pair):
 
 
 def test_calibration_never_ends_farther_from_the_teacher_than_teacher_or_unscaled_student(pair):
-    """For one step at shift 3, lam* fits a mean velocity that no sample needs."""
     teacher, student = pair
     noise = torch.randn(256, 2, generator=seeded())
     for flip in (1.0, -1.0):  # a student that learned the opposite needs scale 0
@@ -312,6 +311,22 @@ def test_calibration_never_ends_farther_from_the_teacher_than_teacher_or_unscale
 
             scale = toy_2d.calibrate(teacher, net, noise, n, shift)
             assert distance(scale) <= min(distance(0.0), distance(1.0))
+
+
+@pytest.mark.parametrize("lam", [0.1, 1.0, 10.0])
+def test_calibration_finds_the_best_scale_wherever_lam_is(pair, monkeypatch, lam):
+    """For the toy's student of moons in one step at shift 3, lam* is 2.4 times the best scale."""
+    teacher, student = pair
+    noise = torch.randn(256, 2, generator=seeded())
+    fine = toy_2d.sample(teacher, noise, 64, 3.0)
+
+    def distance(scale: float) -> float:
+        moved = toy_2d.scaled(teacher, student, scale)
+        return toy_2d.energy_distance(toy_2d.sample(moved, noise, 1, 3.0), fine)
+
+    least = min(distance(10**exponent) for exponent in torch.linspace(-2, 1, 200).tolist())
+    monkeypatch.setattr(sc, "optimal_scale", lambda *_: torch.tensor(lam))
+    assert distance(toy_2d.calibrate(teacher, student, noise, 1, 3.0)) < 1.02 * least
 
 
 def test_sampling_in_chunks_changes_nothing(pair):
