@@ -394,7 +394,7 @@ OUTPUTS = (
     "training.png",
     "comparison.png",
 )
-VERSION = 6  # of training and of the files: a run of another version is not resumed
+VERSION = 7  # of training and of the files: a run of another version is not resumed
 LESS_MEMORY = """what helps, in this order: --recompute-every 1, --batch 4 --accumulate 2 (down to \
 --batch 1), --rank 16, --quantize int8, --resolution 256; all but the first need another --out"""
 REPEAT = "repeat the command: finished work is kept"

@@ -1,9 +1,9 @@
 """Shortcutting flow matching (SCFM, arXiv 2510.17858): few-step samplers by self-distillation.
 
-A pre-trained flow-matching model needs some 30 small steps to turn noise into data. SCFM fine-tunes
-it until one large step lands where two of its own smaller steps land.
+A pre-trained flow-matching model takes about 30 small steps to turn noise into data. SCFM
+fine-tunes it until one large step lands where two smaller steps land.
 
-Conventions (the field is split on both signs, so read this first)
+Conventions (papers differ in the direction of time and in the sign of v, so read this first)
     time        t = 1 is noise, t = 0 is data, as in Flux and Stable Diffusion 3
     state       x_t = (1 - t) x_0 + t noise
     velocity    v(x_t, t) estimates noise - x_0; an Euler step from t to t' < t is x_t - (t - t') v
@@ -23,16 +23,21 @@ Symbols
     n           grid_steps       steps of the teacher's own sampler, 32
     s           shift            time shift, drawn for every row of a batch
     rho = k/N   teacher_ratio    expected fraction of teacher rows in a batch, 0.4
-In this file N is always the number of steps that the student will sample with.
+Everywhere else N is the number of steps that the student will sample with.
 
-One training step, for networks that are velocities, given x_0, noise (B, ...) and conditions
-    windows = sample_windows(config, batch=len(x_0))                # times t > t_mid >= t_end
+A *window* is two steps in a row, t > t_mid > t_end. A batch has *teacher rows*, in which the
+teacher takes the first of the two, and *self rows*, in which EMAs of the student take both.
+
+One training step: config is ShortcutConfig(); teacher, student, fast and slow are modules called as
+net(x, t, **cond), the last two started as copies of the student; x_0 and noise are (B, ...)
+    windows = sample_windows(config, batch=len(x_0))                # t > t_mid > t_end
     first, second = dual(windows, teacher, fast, slow)              # Algorithm 2
     loss, log = shortcut_loss(windows, x_0, noise, student, first, second, **cond)  # Eq. 11-13
     ...                                                             # backward and optimizer step
     update_ema(fast.parameters(), student.parameters(), config.fast_decay)
     update_ema(slow.parameters(), student.parameters(), config.slow_decay)
-where config = ShortcutConfig(), and fast and slow start as copies of the student.
+and then, in as many steps as wanted
+    samples = euler_sample(student, noise, time_grid(N, shift), **cond)
 
 Sections 1 to 4 are the paper, with its equation and algorithm numbers. Section 5 is ours: what the
 student learns, and windows for a student of N steps. Its equations are (A) to (C).
@@ -53,10 +58,10 @@ Velocity = Callable[..., Tensor]
 # -------------------------------------------------------------------------- 1. time and sampling
 
 
-def shift_time(u: Tensor, shift: float | Tensor) -> Tensor:
-    """Grid time u to t = s u / (1 + (s - 1) u) (Eq. 17). The inverse has the shift 1 / s.
+def shift_time(u: Tensor | float, shift: Tensor | float) -> Tensor | float:
+    """Map grid time u to t = s u / (1 + (s - 1) u) (Eq. 17). Shapes broadcast.
 
-    Shapes broadcast.
+    The inverse is shift_time(t, 1 / shift).
     """
     lowest = float(torch.as_tensor(shift).min())
     _require(lowest > 0, f"shift={lowest} must be > 0")
@@ -78,7 +83,10 @@ def interpolate(x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 @torch.no_grad()
 def euler_sample(velocity: Velocity, x: Tensor, times: Tensor, **cond: Tensor) -> Tensor:
-    """Integrate x (B, ...) from times[0] to times[-1]; an Euler step is one network call."""
+    """Integrate x (B, ...) along falling times (steps + 1,), with one network call per Euler step.
+
+    It computes and returns float32, or float64 if x is that.
+    """
     x = _wide(x)
     for t, t_next in pairwise(times):
         x = x - (t - t_next) * _at(velocity, x, t, **cond)
@@ -90,11 +98,11 @@ def euler_sample(velocity: Velocity, x: Tensor, times: Tensor, **cond: Tensor) -
 
 @dataclass(frozen=True)
 class ShortcutConfig:
-    """The paper's settings. ValueError names a value out of range, and the range."""
+    """The paper's settings. A value out of range raises a ValueError, which names the range."""
 
     grid_steps: int = 32  # n: windows lie on the grid of the teacher's own sampler
-    teacher_ratio: float = 0.4  # rho = k / N: expected fraction of teacher rows
-    strides: tuple[int, ...] = (2, 4, 8)  # half the length of a self row's window, in grid steps
+    teacher_ratio: float = 0.4  # rho (k / N in the paper): expected fraction of teacher rows
+    strides: tuple[int, ...] = (2, 4, 8)  # grid steps in each of the two steps of a self row
     shift_range: tuple[float, float] = (2.5, 4.5)  # s ~ U[low, high], drawn per row
     fast_decay: float = 0.99  # of theta_fast, per optimizer step
     slow_decay: float = 0.999  # of theta_slow
@@ -115,14 +123,14 @@ class ShortcutConfig:
 
 
 class Windows(NamedTuple):
-    """Two Euler steps for each row of a batch, from t over t_mid to t_end."""
+    """Two steps for each row of a batch, from t via t_mid to t_end."""
 
     t: Tensor  # (B,), in (0, 1]
     t_mid: Tensor  # (B,), in [0, t)
-    t_end: Tensor  # (B,), at most t_mid; no network is called there
+    t_end: Tensor  # (B,), at most t_mid; below 0 in some rows of "matched fuse"
     teacher_rows: int  # k: the first k rows are teacher rows, the others self rows
-    kind: str  # what they were drawn for, and all that they may be used for: "distil", "fuse", ...
-    midpoint_steps: int = 1  # by which the teacher takes the first step in `matched`
+    kind: str  # "distil", "fuse", "matched" or "matched fuse": all that they may be used for
+    midpoint_steps: int = 1  # number of the teacher's in the first step of `matched` (section 5)
 
 
 def sample_windows(
@@ -139,14 +147,15 @@ def sample_windows(
     grid: their start is uniform in (0, 1].
 
     The first k = floor(rho B + U) rows are teacher rows. With U uniform in [0, 1) the expectation
-    of k is exactly rho B. Several processes must pass the same U, so that all make equally many
-    network calls. The windows are on the generator's device.
+    of k is exactly rho B. Several processes must pass the same U, so that all make the same number
+    of network calls. The windows are on the generator's device.
     """
+    _require(batch >= 1, f"batch={batch} must be >= 1")
     n = config.grid_steps
     rand = _uniform(generator)
     U = rand(1).item() if U is None else U
     _require(0 <= U < 1, f"U={U} must lie in [0, 1)")
-    k = min(int(config.teacher_ratio * batch + U), batch)
+    k = min(int(config.teacher_ratio * batch + U), batch)  # rounding could give batch + 1
 
     strides = torch.tensor(config.strides)
     choice = (rand(batch) * len(strides)).long()
@@ -156,7 +165,9 @@ def sample_windows(
     lowest = 2 * stride  # the grid point nearest to the data from which both steps fit
     start = lowest + (rand(batch) * (n + 1 - lowest)).floor()
     if fuse:
-        start[:k] = n * (1 - rand(k))  # t_mid and t_end don't matter there; they are kept >= 0
+        # Both velocities are noise - x_0 there, so any t_mid and t_end give the same target. They
+        # are kept from falling below 0.
+        start[:k] = n * (1 - rand(k))
 
     low, high = config.shift_range
     shift = low + (high - low) * rand(batch)
@@ -170,7 +181,10 @@ def sample_windows(
 
 
 def by_rows(k: int, head: Velocity, tail: Velocity) -> Velocity:
-    """The velocity that is `head` on the first k rows and `tail` on the others."""
+    """The velocity that is `head` on the first k rows and `tail` on the others.
+
+    No network is called with an empty batch.
+    """
 
     def velocity(x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         if k == 0:
@@ -187,7 +201,10 @@ def by_rows(k: int, head: Velocity, tail: Velocity) -> Velocity:
 def dual(
     windows: Windows, teacher: Velocity, fast: Velocity, slow: Velocity
 ) -> tuple[Velocity, Velocity]:
-    """First and second velocity of Algorithm 2, the paper's final version."""
+    """First and second velocity of Algorithm 2, the paper's final version.
+
+    Teacher rows: teacher, then slow. Self rows: fast, then slow.
+    """
     _require_kind(windows, "distil")
     first = by_rows(windows.teacher_rows, teacher, fast)
     second = slow
@@ -195,7 +212,7 @@ def dual(
 
 
 def vanilla(windows: Windows, teacher: Velocity, slow: Velocity) -> tuple[Velocity, Velocity]:
-    """First and second velocity of Algorithm 1."""
+    """First and second velocity of Algorithm 1: the teacher twice, in self rows `slow` twice."""
     _require_kind(windows, "distil")
     both = by_rows(windows.teacher_rows, teacher, slow)
     return both, both
@@ -206,8 +223,9 @@ def fusion(
 ) -> tuple[Velocity, Velocity]:
     """First and second velocity of training from scratch, without a teacher.
 
-    Teacher rows have the target of plain flow matching, noise - x_0. Update `ema` with fast_decay:
-    a slower EMA of random weights would make a poor target.
+    The rows that have the place of teacher rows regress on noise - x_0, as in plain flow matching;
+    the others on two steps of `ema`. Update it with fast_decay: a slower EMA of random weights
+    would make a poor target.
     """
     _require_kind(windows, "fuse")
     both = by_rows(windows.teacher_rows, _data_velocity(x_0, noise), ema)
@@ -218,11 +236,12 @@ def fusion(
 def shortcut_target(
     windows: Windows, x_t: Tensor, first: Velocity, second: Velocity, **cond: Tensor
 ) -> Tensor:
-    """Velocity (B, ...) of the one step that ends where the two steps end (Eq. 11-12), no gradient.
+    """Velocity (B, ...) of the one step that ends where the two steps end (Eq. 11-12).
 
     It is displacement over elapsed time. (v_1 + v_2) / 2 would be wrong, since the shift makes the
-    two steps unequally long.
+    two steps unequal in length. Computed in float32 (or float64), without gradients.
     """
+    x_t = _wide(x_t)
     t = _per_row(windows.t, x_t)
     t_mid = _per_row(windows.t_mid, x_t)
     t_end = _per_row(windows.t_end, x_t)
@@ -244,11 +263,11 @@ def shortcut_loss(
     second: Velocity,
     **cond: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean squared error of the student to the target (Eq. 13), and scalars to log.
+    """Mean squared error between the student's velocity and the target (Eq. 13), and a log.
 
     x_0 and noise are (B, ...). The student is called last, so one network with swapped weights can
-    serve as all velocities. Log: teacher_loss and self_loss, the loss of those rows
-    alone (nan without such rows), and residual = |v_student - target| / |target|.
+    serve as all velocities. The log has scalars () without gradients: teacher_loss and self_loss,
+    the loss over these rows only (nan if there are none), and residual, |v - target| / |target|.
     """
     _require_like(noise, x_0, "noise")
     for name, value in {"windows": windows.t, **cond}.items():
@@ -278,7 +297,7 @@ def update_ema(ema: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -
     """ema <- decay ema + (1 - decay) weights (Eq. 14-16), in place, once per optimizer step.
 
     An EMA must be float32 or float64: in bfloat16 it stalls, as 0.001 of the difference to the
-    weights rounds to nothing. The weights may have any dtype.
+    weights rounds to nothing. The weights may have any dtype. Buffers are not averaged.
     """
     for average, weight in zip(ema, weights, strict=True):
         wide = average.dtype in (torch.float32, torch.float64)
@@ -290,27 +309,33 @@ def update_ema(ema: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -
 # ---------------------------------------------------------- 5. beyond the paper: matched windows
 #
 # The student has no step size among its inputs, so it can't be right for every window that starts
-# at t. It learns a weighted average of the teacher's velocity along the path from t down to 0. To
-# first order only the mean of these distances from t matters: call it the *look-ahead* L(t). An
-# Euler step needs the mean velocity over the step, and so a look-ahead of half the step.
+# at t. If every target is resolved into what it is made of, the student regresses on an average of
+# the teacher's velocities v_T(t - l) at distances l >= 0 further down the path. To first order in l
+# such an average is v_T(t - L), where L is the mean of l: call it the *look-ahead* L(t). An Euler
+# step needs the mean velocity over the step, and so a look-ahead of half the step.
 #
-# In a target the first velocity has the weight w = (t - t_mid) / (t - t_end). Let L_1 be its
-# look-ahead. The second velocity is that of the student's EMA, and looks ahead from t_mid by
-# L(t_mid). At the fixed point, where the student equals its mean target and its EMA,
+# In a target the first velocity has the weight w = (t - t_mid) / (t - t_end), the second 1 - w. Let
+# L_1 be the look-ahead of the first at t, and L_2 that of the second at t_mid. Training has
+# converged when the student's look-ahead is that of its targets, on average over the windows at t:
 #
-#     L(t) = w L_1 + (1 - w) [t - t_mid + L(t_mid)]                                             (A)
+#     L(t) = mean of  w L_1 + (1 - w) [t - t_mid + L_2]                                         (A)
 #
-# With `dual`, L_1 is 0 in teacher rows, because the teacher's velocity is that at t alone, and L(t)
-# in self rows.
+# The teacher has the look-ahead 0, since it is right at t itself. An EMA has the student's: L(t) if
+# it is the first velocity, L(t_mid) if it is the second.
 
 
 def paper_lookahead(config: ShortcutConfig, is_vanilla: bool = False) -> float:
-    """Look-ahead L that the paper's windows teach, at shift 1 and far from both ends of the path.
+    """Look-ahead L that the paper's windows teach on a path without ends, at shift 1.
 
-    It suits a sampler of N = 1 / (2 L) steps, which is two at the default settings. With d the
-    stride of a self row over n and all w = 1/2, the mean of (A) over all rows gives for `dual`
-        L = 1 / n + (1 - rho) / rho E[d]                                                         (B)
-    and half of that for `vanilla`, whose teacher rows call the teacher twice.
+    It suits N = 1 / (2 L) steps, which is two at the default strides and rho. There, (A) holds with
+    the same L at t and t_mid, and w = 1/2. With d the stride of a self row divided by n, `dual` has
+        teacher rows   (1/n + L) / 2
+        self rows      (L + d + L) / 2
+    and the mean over all rows, L = rho (1/n + L) / 2 + (1 - rho) (L + E[d] / 2), is solved by
+        L = 1/n + (1 - rho) / rho E[d]                                                           (B)
+    The teacher rows of `vanilla` call the teacher twice, 1/(2 n), and give half of (B). Without
+    teacher rows L is inf. On the real path long windows fit only near the noise: there L is larger
+    than (B), near the data smaller. The config's shift_range is ignored.
     """
     rho = config.teacher_ratio
     if rho == 0:
@@ -324,8 +349,8 @@ def paper_lookahead(config: ShortcutConfig, is_vanilla: bool = False) -> float:
 class MatchedConfig:
     """Settings of windows that teach the look-ahead which an Euler sampler of N steps requires.
 
-    That look-ahead depends on t alone, so rows with different shifts can share a batch. It is
-    computed for a sampler whose shift is the middle of shift_range.
+    The sampler has the middle of shift_range as its shift. What it requires depends on t alone, so
+    rows with different shifts can share a batch.
     """
 
     steps: int = 3  # N
@@ -347,13 +372,14 @@ class MatchedConfig:
 
     @property
     def midpoint_steps(self) -> int:
-        """Midpoint steps of the teacher in `matched`: none is longer than half of the path.
+        """Number of midpoint steps of the teacher in `matched`: none is longer than 1/2 in t.
 
-        One is enough for samplers of three or more steps, even at a shift of 6.
+        One, with the default teacher_part, for N of three or more and shifts up to 6.
         """
-        # In t the part is longest where it ends at the data: there the shift stretches time most.
-        longest_part = shift_time(torch.tensor(self.teacher_part / self.steps), self.shift)
-        return math.ceil(2 * longest_part.item())
+        # In t, the part that is nearest to the data is the longest if s > 1, nearest to the noise
+        # if s < 1.
+        longest_part = shift_time(self.teacher_part / self.steps, max(self.shift, 1 / self.shift))
+        return math.ceil(2 * longest_part)
 
     def after(self, t: Tensor, steps: float) -> Tensor:
         """The time, at least 0, that the sampler reaches from t in `steps` of its steps."""
@@ -371,22 +397,25 @@ def matched_windows(
     fuse: bool = False,
     generator: torch.Generator | None = None,
 ) -> Windows:
-    """Random windows whose fixed point has L(t) = L*(t); set `fuse` for `matched_fusion`.
+    """Random windows with which training converges to L(t) = L*(t); `fuse`: for `matched_fusion`.
 
-    t is uniform in grid time, with a shift for each row; the rest follows from t. By midpoint steps
-    (`matched`) the teacher covers `teacher_part` of the sampler's step, from t to t_mid, so
-    L_1 = (t - t_mid) / 2. (A) with L = L* gives the weight
+    t is uniform in grid time, with a shift for each row; the rest follows from t. The teacher
+    covers `teacher_part` of the sampler's step from t, down to t_mid, with midpoint steps (see
+    `matched`): its velocity is the mean over that part, so L_1 = (t - t_mid) / 2. The second is
+    that of the student's EMA, L_2 = L*(t_mid). (A) with L = L* gives the weight
         w = [t - t_mid + L*(t_mid) - L*(t)] / [t - t_mid + L*(t_mid) - L_1]                      (C)
     and t_end = t - (t - t_mid) / w. With teacher_part = 1, w = 1 and the target is the teacher's
     alone. The smaller it is, the more the student learns from its own EMA.
     """
+    _require(batch >= 1, f"batch={batch} must be >= 1")
     rand = _uniform(generator)
     low, high = config.shift_range
     shift = low + (high - low) * rand(batch)
     t = shift_time(1 - rand(batch), shift)
     if fuse:
         # The first velocity will be noise - x_0. It leads along a pair of noise and data, not along
-        # the flow, so (A) holds to first order in t - t_mid only: the first step is shorter.
+        # the flow, so (A) holds to first order in t - t_mid only: the first step is made shorter,
+        # by a factor that was not tuned.
         t_mid = config.after(t, config.teacher_part / 4)
         first_lookahead = torch.zeros_like(t)
     else:
@@ -394,9 +423,10 @@ def matched_windows(
         first_lookahead = (t - t_mid) / 2
     second_lookahead = t - t_mid + config.lookahead(t_mid)
     w = (second_lookahead - config.lookahead(t)) / (second_lookahead - first_lookahead)  # (C)
-    # Up to rounding t_mid >= t_end >= 0: w <= 1 because L*(t) >= L_1; and in (C) the numerator is
-    # at least (t - t_mid) / 2, the denominator at most t / 2. In fusion t_end can be below 0 near
-    # the data. No network is called there, it only sets w.
+    # Up to rounding, t_end <= t_mid: w <= 1, since L*(t) >= L_1 with teacher_part <= 1. And t_end
+    # >= 0, which is w >= (t - t_mid) / t: as `after` rises with t, the numerator of (C) is at least
+    # (t - t_mid) / 2; the denominator is half of what lies between t and after(t_mid, 1), at most
+    # t / 2. In fusion, L_1 = 0, t_end can be below 0. No network is called there, it only sets w.
     t_end = t - (t - t_mid) / w
     kind = "matched fuse" if fuse else "matched"
     return Windows(t, t_mid, t_end, batch, kind, config.midpoint_steps)
@@ -408,22 +438,29 @@ def matched(windows: Windows, teacher: Velocity, slow: Velocity) -> tuple[Veloci
     With one midpoint step a target takes three network calls, one more than with `dual`.
     """
     _require_kind(windows, "matched")
-    count = windows.midpoint_steps
 
     def first(x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-        """The teacher's mean velocity from t to t_mid."""
-        step = (t - windows.t_mid.to(t)) / count
-        x = x_t
-        mean = 0.0
-        for i in range(count):
-            t_i = t - i * step
-            x_half = x - _per_row(step / 2, x) * teacher(x, t_i, **cond)
-            v_half = teacher(x_half, t_i - step / 2, **cond)
-            x = x - _per_row(step, x) * v_half
-            mean = mean + v_half / count
-        return mean
+        return mean_velocity(teacher, x_t, t, windows.t_mid.to(t), windows.midpoint_steps, **cond)
 
     return first, slow
+
+
+def mean_velocity(
+    velocity: Velocity, x: Tensor, t: Tensor, t_end: Tensor, steps: int, **cond: Tensor
+) -> Tensor:
+    """Mean velocity (B, ...) on the way from x (B, ...) at t to t_end, both (B,).
+
+    By midpoint steps, of two network calls each.
+    """
+    step = (t - t_end) / steps
+    mean = 0.0
+    for i in range(steps):
+        t_i = t - i * step
+        x_half = x - _per_row(step / 2, x) * velocity(x, t_i, **cond)
+        v = _wide(velocity(x_half, t_i - step / 2, **cond))
+        x = x - _per_row(step, x) * v
+        mean = mean + v / steps
+    return mean
 
 
 def matched_fusion(
@@ -438,7 +475,7 @@ def warm_up(decay: float, iteration: int) -> float:
     """Decay for `update_ema` after optimizer step i = 1, 2, ...: at most i / (i + 4).
 
     The time constant of the EMA, 1 / (1 - decay) steps, is then about a quarter of the run so far.
-    The constant decays of the paper are meant for long runs.
+    The constant decays of the paper are meant for long runs. (Ours, like all of this section.)
     """
     return min(decay, iteration / (iteration + 4))
 
@@ -458,14 +495,14 @@ def teacher_path(
 ) -> TeacherPath:
     """Follow the teacher from noise (B, ...) at times[0], with Euler substeps in each step.
 
-    It takes `substeps` network calls a step.
+    It takes `substeps` network calls per step.
     """
     x = _wide(noise)
     states, velocities, means = [], [], []
     for t, t_next in pairwise(times):
         fine = torch.linspace(t, t_next, substeps + 1, dtype=times.dtype)
         v = _at(teacher, x, t, **cond)
-        x_next = x - (t - fine[1]) * v  # the first substep
+        x_next = x - (t - fine[1]) * v  # the first substep, without calling the teacher again
         x_next = euler_sample(teacher, x_next, fine[1:], **cond)
         states.append(x)
         velocities.append(v)
@@ -476,14 +513,17 @@ def teacher_path(
 
 @torch.no_grad()
 def optimal_scale(student: Velocity, path: TeacherPath, **cond: Tensor) -> Tensor:
-    """Scale lam of the student's change that fits the teacher's mean velocities best; a scalar.
+    """Scale lam of the student's change that fits the teacher's mean velocities best; a scalar ().
 
     With v_S the student's velocity and v_T the teacher's, v_T + lam (v_S - v_T) is what a LoRA at
     scale lam computes, to first order. Least squares over the N steps and all rows:
     lam* = sum <v_S - v_T, mean - v_T> / sum |v_S - v_T|^2.
 
-    lam* > 1: the student doesn't look far enough ahead for N steps; train it longer.
-    lam* = 1: it is matched. lam* < 1: it looks too far ahead. inf: it equals the teacher.
+    lam* = 1: the student is matched to N steps. (Up to 1 / substeps: the mean over Euler substeps
+    looks that much less far ahead, as those of the teacher's own sampler do.) lam* > 1: it does not
+    look far enough ahead; it is undertrained, or trained for more steps. lam* < 1: too far; below
+    0, in the wrong direction. inf: it equals the teacher. Far from 1, the best samples can have
+    another scale: search for it, from lam*.
     """
     product = 0.0
     square = 0.0
@@ -500,7 +540,8 @@ def optimal_scale(student: Velocity, path: TeacherPath, **cond: Tensor) -> Tenso
 
 def _data_velocity(x_0: Tensor, noise: Tensor) -> Velocity:
     """The velocity noise - x_0. Called with k rows, it returns the first k."""
-    return lambda x, t, **cond: (_wide(noise) - _wide(x_0))[: len(x)]
+    v = _wide(noise) - _wide(x_0)
+    return lambda x, t, **cond: v[: len(x)]
 
 
 def _uniform(generator: torch.Generator | None) -> Callable[[int], Tensor]:
@@ -516,13 +557,17 @@ def _at(velocity: Velocity, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
 
 def _wide(x: Tensor) -> Tensor:
     """x in float32, or in float64 if it is float64."""
+    return x.to(_wide_dtype(x))
+
+
+def _wide_dtype(x: Tensor) -> torch.dtype:
     _require(x.is_floating_point(), f"tensor of {x.dtype} must be of a floating-point type")
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _per_row(t: Tensor, x: Tensor) -> Tensor:
-    """Times (B,) as (B, 1, ..., 1), to multiply x (B, ...)."""
-    return t.to(_wide(x)).reshape(-1, *[1] * (x.ndim - 1))
+    """Times (B,) as (B, 1, ..., 1), to multiply x (B, ...); in float32, or float64 if x is that."""
+    return t.to(x.device, _wide_dtype(x)).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _require(holds: bool, message: str) -> None:
@@ -531,7 +576,7 @@ def _require(holds: bool, message: str) -> None:
 
 
 def _require_like(x: Tensor, other: Tensor, name: str) -> None:
-    """Equal shapes, since unequal ones might broadcast in silence."""
+    """Raise a ValueError unless the shapes are equal: others might broadcast silently."""
     shape, expected = list(x.shape), list(other.shape)
     _require(shape == expected, f"{name} has shape {shape}, must have {expected}")
 

@@ -38,14 +38,18 @@ class Settings:
     """The flags of the command line: default, help, limits."""
 
     flow: str = flag("moons", "data distribution", choices=FLOW_NAMES)
-    student_steps: int = flag(3, "steps that the matched student is trained for", (1, 32))
-    shift: float = flag(1.0, "time shift s of training and sampling (Flux: 3)", (1e-3, 1e3))
+    student_steps: int = flag(
+        3, "number of sampling steps that the matched student is trained for", (1, 32)
+    )
+    shift: float = flag(
+        1.0, "time shift of training and sampling (1: none; FLUX.1: 3)", (1e-3, 1e3)
+    )
     fusion: bool = flag(
         False,
-        "train few-step networks from scratch (2x --iterations) and compare with plain flow "
-        "matching (4x)",
+        "instead of distilling, train few-step networks from scratch, in twice --iterations, and "
+        "compare them with plain flow matching, in four times as many",
     )
-    few_shot: int = flag(0, "number of data points to distil on; 0: no limit", (0, 10**7))
+    few_shot: int = flag(0, "number of data points that the students see; 0: no limit", (0, 10**7))
     iterations: int = flag(
         2000, "training iterations of the teacher; students get half as many", (1, 10**9)
     )
@@ -78,7 +82,7 @@ def parse(argv: list[str] | None = None) -> Settings:
         if not low <= value <= high:
             parser.error(f"{flag_name(setting)} {value} must be between {low} and {high}")
     if settings.fusion and settings.few_shot:
-        parser.error("--fusion and --few-shot exclude each other: leave one out")
+        parser.error("--fusion and --few-shot cannot be combined: leave one out")
     try:
         settings.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=settings.out).close()  # fail now rather than after training
@@ -134,7 +138,7 @@ COLORS = {
     "data": "#f2c14e",
 }
 Data = Callable[[int, torch.Generator], Tensor]  # (count, generator) -> points (count, 2)
-Rows = dict[str, dict[int, Any]]  # a table: {row name: {column: cell}}
+Table = dict[str, dict[int, Any]]  # {name of a row: {column: cell}}
 Panels = list[tuple[str, Tensor]]  # name of a sampler, its states (steps + 1, n, 2)
 
 # -------------------------------------------------------------------------------------------- main
@@ -145,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(settings)
     except KeyboardInterrupt:
-        raise SystemExit("toy_2d.py: stopped; the same command starts over") from None
+        raise SystemExit("toy_2d.py: stopped; repeat the command to start over") from None
     except OSError as error:
         where = error.filename or settings.out
         reason = error.strerror or error
@@ -166,7 +170,8 @@ def run(settings: Settings) -> None:
     if settings.fusion:
         base_name = "flow matching"
         iterations = 2 * settings.iterations
-        # a plain iteration makes about half as many network calls
+        # Counting a backward pass as two network calls, a row of plain flow matching takes 3, one
+        # of the others about 4: with twice their iterations, it gets 1.4 to 1.5 times their calls.
         base = train_teacher(data, 2 * iterations, settings.seed)
         train_student = partial(fuse, data)
     else:
@@ -179,7 +184,8 @@ def run(settings: Settings) -> None:
         "SCFM as published": sc.ShortcutConfig(shift_range=(shift, shift)),
         "matched": sc.MatchedConfig(N, shift_range=(shift, shift)),
     }
-    snapshots = {round(i) for i in np.geomspace(2, iterations, 9).tolist()}  # in equal ratios
+    # iterations at which a student is copied, evenly spaced on a log axis
+    snapshots = {round(i) for i in np.geomspace(2, iterations, 9).tolist()}
     students = {
         name: train_student(config, iterations, settings.seed, snapshots)
         for name, config in configs.items()
@@ -187,7 +193,7 @@ def run(settings: Settings) -> None:
     nets = {base_name: base} | {name: kept[iterations] for name, kept in students.items()}
 
     steps = sorted({*STEPS, N})
-    # a table of networks: row, number of steps
+    # a table of networks; its columns are numbers of steps
     samplers = {name: dict.fromkeys(steps, net) for name, net in nets.items()}
     scales = {}
     if not settings.fusion:
@@ -317,7 +323,7 @@ class Recipe(NamedTuple):
     batch: int
     rate: float  # the highest learning rate
     warmup: int  # iterations until the learning rate gets there
-    ema_warmup: bool = True  # warm the EMAs up (`sc.warm_up`); the paper does not
+    ema_warmup: bool = True  # warm the EMAs up, too (`sc.warm_up`); the paper does not
 
 
 FROM_SCRATCH = Recipe(batch=1024, rate=5e-3, warmup=100)
@@ -329,20 +335,28 @@ def train_teacher(data: Data, iterations: int, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     teacher = VelocityMLP()
-    batch, rate, warmup, _ = FROM_SCRATCH
+    recipe = FROM_SCRATCH
 
     def loss() -> Tensor:
-        x_0, noise = draw_pairs(data, batch, generator)
-        t = torch.rand(batch, generator=generator)
+        x_0, noise = draw_pairs(data, recipe.batch, generator)
+        t = torch.rand(recipe.batch, generator=generator)
         v = teacher(sc.interpolate(x_0, noise, t), t)
         return (v - (noise - x_0)).square().mean()
 
-    for _ in minimize(loss, teacher, "teacher", rate, iterations, warmup):
+    for _ in minimize(loss, teacher, "teacher", recipe.rate, iterations, recipe.warmup):
         pass
     return teacher.requires_grad_(False)
 
 
-def distil(teacher, data, config, iterations, seed, snapshots=(), recipe=DISTILLATION):
+def distil(
+    teacher: nn.Module,
+    data: Data,
+    config: sc.ShortcutConfig | sc.MatchedConfig,
+    iterations: int,
+    seed: int,
+    snapshots: Iterable[int] = (),
+    recipe: Recipe = DISTILLATION,
+) -> dict[int, nn.Module]:
     """Shortcut the teacher by Algorithm 2 (ShortcutConfig) or with matched windows (MatchedConfig).
 
     Returns {iteration: copy of the student}, for each of the snapshots and the last iteration.
@@ -367,10 +381,18 @@ def distil(teacher, data, config, iterations, seed, snapshots=(), recipe=DISTILL
     return train(loss, student, emas, iterations, snapshots, recipe)
 
 
-def fuse(data, config, iterations, seed, snapshots=(), recipe=FROM_SCRATCH, decay=0.99):
+def fuse(
+    data: Data,
+    config: sc.ShortcutConfig | sc.MatchedConfig,
+    iterations: int,
+    seed: int,
+    snapshots: Iterable[int] = (),
+    recipe: Recipe = FROM_SCRATCH,
+    decay: float = 0.99,
+) -> dict[int, nn.Module]:
     """Train a few-step network from scratch; otherwise as `distil`.
 
-    decay: of its only EMA, whatever the config has. A slow EMA of random weights is a poor target.
+    decay: of the only EMA, in place of the config's: a slow EMA of random weights is a poor target.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -387,7 +409,12 @@ def fuse(data, config, iterations, seed, snapshots=(), recipe=FROM_SCRATCH, deca
     return train(loss, student, [(ema, decay)], iterations, snapshots, recipe)
 
 
-def draw_windows(config, batch: int, generator: torch.Generator, fuse=False) -> sc.Windows:
+def draw_windows(
+    config: sc.ShortcutConfig | sc.MatchedConfig,
+    batch: int,
+    generator: torch.Generator,
+    fuse: bool = False,
+) -> sc.Windows:
     """The paper's windows or matched ones, whichever the config is for."""
     if isinstance(config, sc.MatchedConfig):
         return sc.matched_windows(config, batch, fuse, generator)
@@ -396,7 +423,14 @@ def draw_windows(config, batch: int, generator: torch.Generator, fuse=False) -> 
     raise TypeError(f"no windows for a {type(config).__name__}")
 
 
-def train(loss, student, emas, iterations, snapshots, recipe) -> dict[int, nn.Module]:
+def train(
+    loss: Callable[[], Tensor],
+    student: nn.Module,
+    emas: list[tuple[nn.Module, float]],
+    iterations: int,
+    snapshots: Iterable[int],
+    recipe: Recipe,
+) -> dict[int, nn.Module]:
     """Minimize the loss, update the EMAs, and return copies of the student as `distil` does.
 
     emas: pairs of an EMA and its decay.
@@ -419,8 +453,12 @@ def minimize(
     Adam: the learning rate warms up over `warmup` iterations, stays constant, then falls linearly
     to 0 over the second half.
     """
+
+    def factor(i: int) -> float:
+        return min((i + 1) / warmup, 1, 2 - 2 * i / iterations)
+
     optimizer = torch.optim.Adam(net.parameters(), rate, fused=True)
-    schedule = LambdaLR(optimizer, lambda i: min((i + 1) / warmup, 1, 2 - 2 * i / iterations))
+    schedule = LambdaLR(optimizer, factor)
     for iteration in tqdm(range(1, iterations + 1), name, leave=False):
         optimizer.zero_grad()
         loss().backward()
@@ -438,7 +476,7 @@ class Probe(NamedTuple):
     data: Tensor  # (2 POINTS, 2), fresh
     noise: Tensor  # (POINTS, 2)
     validation: Tensor  # (256, 2), noise for calibration only
-    floor: float  # root mean square of energy distances from fresh data to `data`
+    floor: float  # root mean square of energy distances from fresh data to `data`, in UNIT
 
 
 def draw_probe(data: Data, generator: torch.Generator) -> Probe:
@@ -458,18 +496,18 @@ def sampling_error(
 
 
 def energy_distance(x: Tensor, y: Tensor, directions: int = 16) -> float:
-    """2 E|x - y| - E|x - x'| - E|y - y'| of points (n, 2) and (m, 2), unbiased.
+    """2 E|x - y| - E|x - x'| - E|y - y'| of points (n, 2) and (m, 2).
 
-    It is 0 for equal distributions. In the plane, |a| is pi/2 times the mean of |<a, e>| over unit
-    vectors e. On a line, sorting gives the sum over all pairs, so thousands of points take
-    milliseconds.
+    For equal distributions it is 0 on average. In the plane, |a| is pi/2 times the mean of |<a, e>|
+    over unit vectors e (with 16 of them, to 0.4 %). On a line, sorting gives the sum over all
+    pairs, so thousands of points take milliseconds.
     """
     angle = math.pi * torch.arange(directions) / directions
     axes = torch.stack([angle.cos(), angle.sin()])
     x, y = (x @ axes).T.numpy(), (y @ axes).T.numpy()
 
     def pair_sum(z: np.ndarray) -> float:
-        """Sum over i < j of |z_i - z_j|, averaged over the directions."""
+        """Sum over i < j of |p_i - p_j| for points p, from projections z (directions, n)."""
         rank = 2.0 * np.arange(z.shape[1]) - z.shape[1] + 1
         return math.pi / 2 * (np.sort(z) @ rank).mean().item()
 
@@ -512,22 +550,37 @@ def calibrate(base: nn.Module, student: nn.Module, noise: Tensor, steps: int, sh
     return float(min(distances, key=distances.get))
 
 
-def each(rows: Rows, function: Callable[[int, Any], Any]) -> Rows:
-    """The rows with function(column, cell) in place of every cell."""
+def each(cells: Table, function: Callable[[int, Any], Any]) -> Table:
+    """The table of function(column, cell) for every cell."""
     return {
         name: {column: function(column, cell) for column, cell in row.items()}
-        for name, row in rows.items()
+        for name, row in cells.items()
     }
 
 
-def table(energy: Rows, rms: Rows, scales: dict[int, float], floor: float) -> str:
+def errors_of(students: Table, probe: Probe, steps: int, shift: float) -> Table:
+    """Energy distance of each student's snapshots for a sampler with `steps` steps."""
+
+    def error(iteration: int, net: nn.Module) -> float:
+        return energy_distance(sample(net, probe.noise, steps, shift), probe.data) / UNIT
+
+    return each(students, error)
+
+
+def lams_of(students: Table, base: nn.Module, probe: Probe, steps: int, shift: float) -> Table:
+    """lam* of each student's snapshots for a sampler with `steps` steps."""
+    path = sc.teacher_path(base, probe.validation, sc.time_grid(steps, shift))
+    return each(students, lambda iteration, net: sc.optimal_scale(net, path).item())
+
+
+def table(energy: Table, rms: Table, scales: dict[int, float], floor: float) -> str:
     """What the program prints."""
 
     def line(name: str, form: str, values: Iterable) -> str:
         return f"{name:19s}" + "".join(f"{value:{form}}" for value in values)
 
-    base, columns = next(iter(energy.items()))
-    lines = [line("Euler steps", "9d", columns)]
+    base, first_row = next(iter(energy.items()))
+    lines = [line("Euler steps", "9d", first_row)]
     lines += [f"energy distance to fresh data, {UNIT_TEXT} (data to data: 0 +- {floor:.1f})"]
     lines += [line(f"  {name}", "9.1f", row.values()) for name, row in energy.items()]
     lines += [f"RMS distance to the endpoints of {FINE_STEPS} steps, {base}"]
@@ -542,7 +595,7 @@ def table(energy: Rows, rms: Rows, scales: dict[int, float], floor: float) -> st
 
 @contextmanager
 def whole(path: Path):
-    """Write to the path that this yields: a full disk leaves no partial file."""
+    """Yield a path that takes the place of `path` at the end: no partial files on a full disk."""
     part = path.with_name(f".part-{path.name}")
     try:
         yield part
@@ -560,7 +613,7 @@ def in_steps(n: int) -> str:
     return "1 step" if n == 1 else f"{n} steps"
 
 
-def plot_samples(samples: Rows, energy: Rows, probe: Probe, path: Path) -> None:
+def plot_samples(samples: Table, energy: Table, probe: Probe, path: Path) -> None:
     """Densities: unlike scatter plots they show holes, and mass where none belongs."""
     columns = len(next(iter(samples.values()))) + 1
     height = 2.2 * len(samples) + 0.4
@@ -580,7 +633,7 @@ def plot_samples(samples: Rows, energy: Rows, probe: Probe, path: Path) -> None:
     save(figure, path)
 
 
-def draw_lines(axis, lines: Rows) -> None:
+def draw_lines(axis, lines: Table) -> None:
     """Log-log lines {name: {x: y}}."""
     for name, points in lines.items():
         axis.plot(list(points), list(points.values()), "o-", ms=4, color=COLORS[name], label=name)
@@ -602,22 +655,7 @@ def draw_floor(axis, floor: float) -> None:
     axis.set_ylim(bottom=floor / 2)
 
 
-def errors_of(students: Rows, probe: Probe, steps: int, shift: float) -> Rows:
-    """Energy distance of each student's snapshots for a sampler with `steps` steps."""
-
-    def error(iteration: int, net: nn.Module) -> float:
-        return energy_distance(sample(net, probe.noise, steps, shift), probe.data) / UNIT
-
-    return each(students, error)
-
-
-def lams_of(students: Rows, base: nn.Module, probe: Probe, steps: int, shift: float) -> Rows:
-    """lam* of each student's snapshots for a sampler with `steps` steps."""
-    path = sc.teacher_path(base, probe.validation, sc.time_grid(steps, shift))
-    return each(students, lambda iteration, net: sc.optimal_scale(net, path).item())
-
-
-def plot_progress(errors: dict, lams: dict, energy: Rows, floor: float, path: Path) -> None:
+def plot_progress(errors: dict, lams: dict, energy: Table, floor: float, path: Path) -> None:
     """Error over training, a panel for each number of steps; below it lam*, if there is any."""
     rows = {f"energy distance, {UNIT_TEXT}": errors}
     if lams:
@@ -643,7 +681,7 @@ def plot_progress(errors: dict, lams: dict, energy: Rows, floor: float, path: Pa
     save(figure, path)
 
 
-def plot_quality(energy: Rows, steps: int, floor: float, path: Path) -> None:
+def plot_quality(energy: Table, steps: int, floor: float, path: Path) -> None:
     """Error over the number of steps."""
     figure = Figure((6.4, 4.8), layout="constrained")
     axis = figure.subplots()

@@ -525,7 +525,8 @@ def test_a_long_part_of_the_teacher_takes_two_midpoint_steps():
 @pytest.mark.parametrize(
     "steps, shift, part, count",
     [(3, 1, 3 / 8, 1), (3, 3, 3 / 8, 1), (3, 6, 3 / 8, 1), (2, 3, 3 / 8, 1), (2, 6, 3 / 8, 2),
-     (1, 1, 3 / 8, 1), (1, 3, 3 / 8, 2), (1, 3, 1.0, 2), (1, 1, 0.5, 1)],
+     (1, 1, 3 / 8, 1), (1, 3, 3 / 8, 2), (1, 3, 1.0, 2), (1, 1, 0.5, 1), (1, 0.5, 3 / 8, 2),
+     (1, 0.3, 3 / 8, 2), (2, 0.3, 1.0, 2), (3, 0.2, 3 / 8, 1)],
 )  # fmt: skip
 def test_no_midpoint_step_is_longer_than_half_of_the_path(steps, shift, part, count):
     config = sc.MatchedConfig(steps, teacher_part=part, **shift_of(shift))
@@ -535,6 +536,12 @@ def test_no_midpoint_step_is_longer_than_half_of_the_path(steps, shift, part, co
     assert windows.midpoint_steps == count
     assert longest / count <= 0.5 + 1e-6
     assert count == 1 or longest / (count - 1) > 0.5
+
+
+@pytest.mark.parametrize("kind", ["distil", "fuse", "matched", "matched fuse"])
+def test_a_batch_without_rows_is_refused(kind):
+    with pytest.raises(ValueError, match="batch=0 must be >= 1"):
+        draw(kind, 0)
 
 
 @pytest.mark.parametrize("ratio, called", [(0.0, ["fast", "slow"]), (1.0, ["teacher", "slow"])])
@@ -593,6 +600,7 @@ def test_networks_get_float32_or_float64_and_may_answer_in_less(kind, shape, dty
     assert loss.dtype == wide
     loss.backward()
     assert weight.grad.isfinite()
+    assert sc.shortcut_target(windows, x_0, first, second).dtype == wide
 
 
 @pytest.mark.parametrize("function", [sc.fusion, sc.matched_fusion])
@@ -1216,6 +1224,22 @@ def test_the_scale_of_a_student_that_goes_part_of_the_way_is_its_inverse(steps, 
 
     path = sc.teacher_path(teacher, torch.randn(5, 2, generator=seeded()), times)
     assert_close(sc.optimal_scale(student, path).item(), 1 / part, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("substeps", [4, 16, 64])
+def test_the_scale_of_a_matched_student_is_1_up_to_one_substep(substeps):
+    """Its look-ahead is half a step; that of a mean over Euler substeps is half a substep less."""
+    config = sc.MatchedConfig(3, **shift_of(3))
+
+    def teacher(x, t):
+        return t[:, None].expand_as(x)
+
+    def student(x, t):
+        return teacher(x, t - config.lookahead(t))
+
+    noise = torch.randn(5, 2, generator=seeded())
+    path = sc.teacher_path(teacher, noise, sc.time_grid(3, 3.0), substeps)
+    assert_close(sc.optimal_scale(student, path).item(), 1 - 1 / substeps, rtol=1e-4, atol=0)
 
 
 def test_the_scale_is_that_of_dense_least_squares():
