@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 
 import baselines
 import common
@@ -232,7 +233,7 @@ def quotations() -> list[str]:
         f" {on_all_flows('teacher', 16)}; a student from ten points {on_all_flows('few-shot')}.",
         *map(cost_of, ("--recompute-every 1", "--recompute-every 1 --compile",
                        "--recompute-every 2 --compile")),
-        *(to_direct(budget, shift) for budget in ("full budget", "a tenth") for shift in (1.0, 3.0)),
+        *(to_direct(*place) for place in product(("full budget", "a tenth"), baselines.SHIFTS)),
         f"down to 3 steps: {to_progressive()} on the four flows",
         for_steps(),
         of_klein(),
