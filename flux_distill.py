@@ -113,53 +113,56 @@ class Settings:
     model: str = flag("black-forest-labs/FLUX.1-dev", sampling=True, group="input and output",
         text="diffusers pipeline: a Hub name or a folder")
     images: Path | None = flag(None, type=Path, metavar="DIR",
-        text="train on these images, each with its caption in NAME.txt; without this flag the"
-        " teacher makes the training data")
+        text="train on these images, each with its caption beside it in a .txt of the same name;"
+        " without this flag the teacher makes the training images")
     prompts: Path | None = flag(None, type=Path, metavar="FILE",
-        text="text file, one prompt per line; without this flag 24 built-in prompts")
+        text="text file, one prompt per line, in place of 24 built-in ones; with --images only the"
+        " held-out ones are used")
     held_out: int = flag(12, type=at_least(2), metavar="K",
-        text="hold out the last K prompts: a third for validation, the others for the comparison")
+        text="keep the last K prompts out of the training: a third for validation, the others for"
+        " the comparison")
     noises: int = flag(2, type=at_least(2), metavar="K",
-        text="noise samples per held-out prompt")
+        text="images per held-out prompt")
     limit: int = flag(0, type=at_least(0), metavar="K",
-        text="train on the first K pairs; 0: all")
+        text="train on the first K pairs of image and caption; 0: all")
     resolution: int = flag(512, weights=True, sampling=True, type=at_least(16, 16),
-        text="pixels, a multiple of 16")
+        text="side of the images in pixels, a multiple of 16")
     text_tokens: int = flag(256, weights=True, sampling=True, metavar="K",
         type=at_least(1, high=LONGEST_TEXT),
         text=f"pad or cut texts to K tokens, at most {LONGEST_TEXT}")
     out: Path = flag(Path("flux_out"), sampling=True, type=Path,
         text="folder for all output")
     sample: tuple[str, ...] = flag((), sampling=True, nargs="+", metavar="PROMPT",
-        text="only render these prompts with the LoRA in --out; --student-steps, --resolution,"
-        " --guidance, --shift, --text-tokens and --quantize then default to what it was made with")
+        text="only render these prompts to OUT/samples, with the LoRA in --out; --student-steps,"
+        " --resolution, --guidance, --shift, --text-tokens and --quantize then default to what the"
+        " LoRA was made with")
 
     student_steps: int = flag(3, weights=True, sampling=True, metavar="N", group="method",
         type=at_least(1, high=1000),
-        text="number of steps to distil for")
+        text="number of sampling steps to distil for, at most half of --teacher-steps")
     paper: bool = flag(False, weights=True, action="store_true",
-        text="windows and velocities as published (Algorithm 2), whatever N is")
+        text="train as published (Algorithm 2), the same for all --student-steps")
     shift_range: tuple[float, float] = flag((2.0, 4.0), weights=True, type=SHIFT, nargs=2,
         metavar=("LOW", "HIGH"),
-        text="range of the time shift in training; windows are matched to its middle, which should"
-        " be --shift; with --paper FLUX.1's default is the paper's 2.5 4.5")
+        text="range of the time shift in training; its middle should be --shift; with --paper"
+        " FLUX.1's default is the paper's 2.5 4.5")
     shift: float = flag(3.0, sampling=True, type=SHIFT,
-        text="time shift of sampling")
+        text="time shift of sampling: the scheduler's shift in diffusers")
     guidance: float = flag(3.5, sampling=True, type=at_least(0.0),
-        text="guidance. A model that takes guidance as an input (FLUX.1, FLUX.2-dev) is trained on"
-        " 0 to 8 and samples with this; for others (FLUX.2-klein-base) it becomes part of the"
-        " student, which then samples without any")
+        text="guidance scale of sampling. Students of models that take it as an input (FLUX.1,"
+        " FLUX.2-dev) learn all of 0 to 8; others (FLUX.2-klein-base) get this one built in, and"
+        " then sample without any")
     teacher_steps: int = flag(32, type=at_least(2), metavar="K",
         text="steps of the teacher's reference samples")
     steps: tuple[int, ...] = flag((2, 3, 4, 6, 8), type=COUNT, nargs="+", metavar="N",
         text="numbers of steps to validate, calibrate and compare, besides --student-steps")
 
     iterations: int = flag(3000, weights=True, type=COUNT, group="training",
-        text="optimizer steps")
+        text="training iterations, an optimizer step each")
     batch: int = flag(8, weights=True, sampling=True, type=COUNT,
         text="pairs per forward pass and process")
     accumulate: int = flag(1, type=COUNT, metavar="K",
-        text="passes per optimizer step and process")
+        text="passes per iteration and process, whose gradients are averaged")
     learning_rate: float = flag(2e-5, weights=True, type=at_least(1e-9),
         text="learning rate of AdamW")
     warmup: int = flag(0, weights=True, type=at_least(0), metavar="K",
@@ -174,16 +177,16 @@ class Settings:
     compile: bool = flag(False, action="store_true",
         text="compile the blocks, which takes minutes at first")
     quantize: str | None = flag(None, weights=True, sampling=True, choices=("int8",),
-        text="keep the frozen weights in int8, at half the size; needs torchao")
+        text="keep the frozen weights in int8, half the size of bfloat16; needs torchao")
     seed: int = flag(0, weights=True, sampling=True, type=at_least(0, high=2**63 - 1),
         text="seed of every random number")
     validate_every: int = flag(100, type=COUNT, metavar="K",
         text="validate every K iterations")
     checkpoint_every: int = flag(100, type=COUNT, metavar="K",
-        text="save every K iterations")
+        text="save a state to resume from every K iterations")
     stop_when_matched: bool = flag(False, weights=True, action="store_true",
-        text="stop training when its error on the validation prompts stalls over ten validations;"
-        " with --paper when lam*, the best scale of the LoRA, is at most 1.05 or stalls")
+        text="stop training when the student's validation error has stopped falling over ten"
+        " validations; with --paper when its best scale, lam*, is at most 1.05 or has stopped so")
     # fmt: on
 
     given: frozenset[str] = frozenset()  # names of the settings that the command line gave
@@ -201,7 +204,10 @@ class Settings:
 
 def make_parser() -> ArgumentParser:
     title = __doc__.splitlines()[0]
-    phases = "A run caches, trains, calibrates and compares. The same command resumes it."
+    phases = (
+        "A run encodes the data, trains, finds the LoRA's best scale for each number of steps, and"
+        "\ncompares student and teacher on held-out prompts. The same command resumes it."
+    )
     parser = ArgumentParser(
         description=f"{title}\n\n{phases}", formatter_class=RawDescriptionHelpFormatter
     )
