@@ -1992,22 +1992,26 @@ def write_log(out: Path, rows: list[dict]) -> None:
 
 def draw_log(settings: Settings, out: Path, rows: list[dict]) -> None:
     """training.png: losses, residual and lam* over the iterations."""
+    losses = {"loss": "all rows"}
+    if settings.paper:  # matched windows have teacher rows only
+        losses |= {"teacher_loss": "teacher rows", "self_loss": "self rows"}
+    lams = {f"lam_{n}": f"N = {n}" for n in settings.all_steps}
     panels = {
-        "loss": ["loss", "teacher_loss", "self_loss"],
-        "|student - target| / |target|": ["residual"],
-        "lam* of N steps; 1: matched, less: overshot": [f"lam_{n}" for n in settings.all_steps],
+        "loss": losses,
+        "|student - target| / |target|": {"residual": ""},
+        "best scale lam* for N steps (1: matched)": lams,
     }
-    figure = Figure((13, 3.8), layout="constrained")
+    figure = Figure((14, 3.8), layout="constrained")
     axes = figure.subplots(1, 3)
-    for axis, (title, names) in zip(axes, panels.items()):
-        for name in names:
+    for axis, (title, lines) in zip(axes, panels.items()):
+        for name, label in lines.items():
             drawn = [row for row in rows if math.isfinite(row.get(name, math.nan))]
-            if drawn:
-                x = [row["iteration"] for row in drawn]
-                y = [row[name] for row in drawn]
-                axis.plot(x, y, ".-" if len(x) < 99 else "-", lw=0.9, label=name)
+            x = [row["iteration"] for row in drawn]
+            y = [row[name] for row in drawn]
+            axis.plot(x, y, ".-" if len(x) < 99 else "-", lw=0.9, label=label)
         axis.set(title=title, xlabel="iteration")
-        axis.legend(frameon=False)
+        if len(lines) > 1:
+            axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     axes[-1].axhline(1, color="black", lw=0.8)
     with atomic(out / "training.png") as part:
         figure.savefig(part, format="png", dpi=110)
