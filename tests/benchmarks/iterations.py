@@ -46,7 +46,8 @@ PUBLISHED_SEEDS = 2
 TEACHER_STEPS = (3, 8, 12, 16, 24, 32)
 TUNED_ON = ("moons", "gaussians")
 # Calls of 256 rows in toy_2d.calibrate: the teacher's path and lam* (16 fine steps and two
-# velocities, three times), the teacher's fine endpoints, 23 scales in 3 steps.
+# velocities, three times), the teacher's fine endpoints, 23 scales in 3 steps. Where the search
+# goes further, its few more are not counted.
 SEARCH = (3 * 18 + toy_2d.FINE_STEPS + 23 * 3) * 256
 
 # ------------------------------------------------------------------------------------- measurements
