@@ -142,9 +142,9 @@ windows have by far the least error on moons; on gaussians they are level with t
 windows at a third of data rows, which lose less in 16 and 32 steps. With nine tenths or three
 quarters of data rows, errors in 3, 8 and 16 steps fall and in 32 steps hardly change: there it
 holds, as the paper says, that many steps lose nothing, but the error in 3 steps stays far above
-that of matched windows. On the tiny Flux, on one seed and a fifth of its teacher's iterations,
-shortcuts from scratch lose in all that was measured, in 3 steps too: matched windows most,
-three quarters of data rows less.""",
+that of matched windows. On the tiny Flux, in a fifth of its teacher's iterations, shortcuts from
+scratch lose in all that was measured, in 3 steps too: matched windows most, three quarters of data
+rows less.""",
     "guidance": """A guided teacher can be distilled. The student's 3 plain calls are nearer to
 its many guided steps than 8 guided steps, which take 16 calls. A long warm start on the guided
 velocity helps a little where there is no guidance to learn; with guidance it does not, or does
