@@ -618,12 +618,18 @@ OF_THE_BASE = "that-of-the-base-model"  # a licence that the Hub has no identifi
 class Family:
     """What is specific to a family of models.
 
-    A new family is a subclass, entered in FAMILIES; if it has defaults of its own, make_parser is
-    to name them.
-
     A family is made from a pipeline's model_index.json and the config of its transformer. The rest
     of the script sees latents (B, C, H, W), conditions (tensors with a row for each of B), and the
     methods and attributes below.
+
+    A new family is a subclass, entered in FAMILIES; if it has defaults of its own, make_parser is
+    to name them. Elsewhere it is assumed
+        of the transformer   that `_repeated_blocks` and `inner_dim` of diffusers are set
+        of the pipeline      that it samples at the times of its scheduler, i.e. passes it sigmas
+                             from 1 to 1/N (check_device tests it, on a GPU)
+        of the condition     that "text" has all tokens of a text, and no others: their number is
+                             the pipeline's max_sequence_length
+        of ComfyUI           that ModelSamplingAuraFlow sets its shift, which the card says
     """
 
     names: str  # of its models
@@ -1270,9 +1276,8 @@ def stock_sample(
     guided: as the teacher; a student needs no true guidance.
     """
     pipe = model.load("image")
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
-        pipe.scheduler.config, use_dynamic_shifting=False, shift=shift
-    )
+    # One of our own: the model's may have other options that change the times.
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     return in_batches(batch, partial(model.family.sample, pipe, steps, guided), noise, **cond)
 
 
@@ -1654,7 +1659,7 @@ def restore(settings: Settings, cache: Cache, run: Run) -> tuple[LoRA, TrainStat
     """The LoRA in its network, and the state of training: as saved, or at its start."""
     model = cache.model
     lora = LoRA(model.family, model.load("image").transformer, settings)
-    state = TrainState(lora.loaded_weights(), method_of(settings))
+    state = TrainState(lora.loaded_weights(), config_of(settings))
     if run.state.exists():
         state.load(run.state)
     elif run.lora.exists():
@@ -1665,47 +1670,17 @@ def restore(settings: Settings, cache: Cache, run: Run) -> tuple[LoRA, TrainStat
     return lora, state
 
 
-class Method(NamedTuple):
-    """How windows are drawn, and which velocities take their two steps."""
-
-    decays: dict[str, float]  # of the EMAs, by name
-    windows: Callable[..., sc.Windows]  # of (batch, U=, generator=)
-    velocities: Callable[..., tuple[sc.Velocity, sc.Velocity]]  # of (windows, teacher, **emas)
-    ema_warmup: bool
-    teacher_velocities: float  # in the target of a row, on average
-    ema_velocities: float
-
-
-def method_of(settings: Settings) -> Method:
-    """Algorithm 2 of the paper, or matched windows."""
+def config_of(settings: Settings) -> sc.ShortcutConfig | sc.MatchedConfig:
+    """Settings of Algorithm 2 of the paper, or of matched windows."""
     if settings.paper:
-        return method_with(sc.ShortcutConfig(shift_range=settings.shift_range))
-    return method_with(sc.MatchedConfig(settings.student_steps, settings.shift_range))
+        return sc.ShortcutConfig(shift_range=settings.shift_range)
+    return sc.MatchedConfig(settings.student_steps, settings.shift_range)
 
 
-def method_with(config: sc.ShortcutConfig | sc.MatchedConfig, ema_warmup: bool = True) -> Method:
-    """The method that a config of shortcut.py is for."""
-    if isinstance(config, sc.ShortcutConfig):
-        return Method(
-            decays={"slow": config.slow_decay, "fast": config.fast_decay},
-            windows=partial(sc.sample_windows, config),
-            velocities=sc.dual,
-            ema_warmup=ema_warmup,
-            teacher_velocities=config.teacher_ratio,
-            ema_velocities=2 - config.teacher_ratio,
-        )
-
-    def windows(batch: int, U: float, generator: torch.Generator) -> sc.Windows:
-        return sc.matched_windows(config, batch, generator=generator)  # all are teacher rows
-
-    return Method(
-        decays={"slow": config.slow_decay},
-        windows=windows,
-        velocities=sc.matched,
-        ema_warmup=ema_warmup,
-        teacher_velocities=2 * config.midpoint_steps,
-        ema_velocities=1,
-    )
+def decays_of(config: sc.ShortcutConfig | sc.MatchedConfig) -> dict[str, float]:
+    """Decays of the EMAs, by name."""
+    fast = {"fast": config.fast_decay} if isinstance(config, sc.ShortcutConfig) else {}
+    return {"slow": config.slow_decay} | fast
 
 
 def network_calls(settings: Settings, family: Family) -> dict[str, float]:
@@ -1714,9 +1689,13 @@ def network_calls(settings: Settings, family: Family) -> dict[str, float]:
     A guided velocity of the teacher is two calls with true guidance. The student has three in an
     iteration, for its backward pass counts as two.
     """
-    method = method_of(settings)
+    config = config_of(settings)
+    if settings.paper:
+        teacher, emas = config.teacher_ratio, 2 - config.teacher_ratio  # on average
+    else:
+        teacher, emas = 2 * config.midpoint_steps, 1
     return {
-        "iteration": (method.teacher_velocities * family.teacher_calls + method.ema_velocities + 3),
+        "iteration": teacher * family.teacher_calls + emas + 3,
         "teacher": settings.teacher_steps * family.teacher_calls,
         "student": settings.student_steps,
     }
@@ -1726,11 +1705,21 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
 class TrainState:
-    """All that training changes and resumes from: weights, optimizer, log."""
+    """All that training changes and resumes from: weights, optimizer, log.
 
-    def __init__(self, start: Tensor, method: Method):
-        self.method = method
-        self.weights = {name: start.clone() for name in ("student", *method.decays)}
+    config: of the windows and EMAs. ema_warmup: whether the EMAs are warmed up (`sc.warm_up`).
+    """
+
+    def __init__(
+        self,
+        start: Tensor,
+        config: sc.ShortcutConfig | sc.MatchedConfig,
+        ema_warmup: bool = True,
+    ):
+        self.config = config
+        self.decays = decays_of(config)
+        self.ema_warmup = ema_warmup
+        self.weights = {name: start.clone() for name in ("student", *self.decays)}
         self.student = self.weights["student"]
         self.optimizer = torch.optim.AdamW([self.student], weight_decay=1e-4)
         self.rows = []  # of the log, one for each iteration
@@ -1832,8 +1821,8 @@ def train(
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-        for name, decay in state.method.decays.items():
-            if state.method.ema_warmup:
+        for name, decay in state.decays.items():
+            if state.ema_warmup:
                 decay = sc.warm_up(decay, iteration)
             sc.update_ema([state.weights[name]], [student], decay)
 
@@ -1873,11 +1862,14 @@ def loss_of(
     generator: torch.Generator,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of one pass (Eq. 13), and what to log."""
-    method = state.method
     teacher = lora.velocity(None)
-    emas = {name: lora.velocity(state.weights[name]) for name in method.decays}
-    windows = method.windows(len(x_0), U=U, generator=generator)
-    first, second = method.velocities(windows, teacher, **emas)
+    emas = {name: lora.velocity(state.weights[name]) for name in state.decays}
+    if isinstance(state.config, sc.ShortcutConfig):
+        windows = sc.sample_windows(state.config, len(x_0), U=U, generator=generator)
+        first, second = sc.dual(windows, teacher, **emas)
+    else:  # all are teacher rows
+        windows = sc.matched_windows(state.config, len(x_0), generator=generator)
+        first, second = sc.matched(windows, teacher, **emas)
     student = lora.velocity(state.student)
     return sc.shortcut_loss(windows, x_0, noise, student, first, second, **cond)
 
@@ -2877,8 +2869,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, {pipeline}
 pipe = {pipeline}.from_pretrained({base_model!r}, dtype=torch.{dtype}{quantized}).to("{device}")
 pipe.load_lora_weights({out!r}, weight_name="{lora}", adapter_name="scfm")
 pipe.set_adapters("scfm", {scale})
-pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
-    pipe.scheduler.config, use_dynamic_shifting=False, shift={shift})
+pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift={shift})
 image = pipe(prompt="PROMPT", num_inference_steps={student_steps}, guidance_scale={guidance_scale},
              max_sequence_length={max_sequence_length},
              height={resolution}, width={resolution}).images[0]
@@ -3315,7 +3306,7 @@ def check_memory(settings: Settings, model: Model) -> None:
     layers = linear_layers(net, settings.layers)
     lora = settings.rank * sum(sum(net.get_submodule(name).weight.shape) for name in layers)
     # In float32: student, gradient, two moments, EMAs.
-    vectors = 4 + len(method_of(settings).decays)
+    vectors = 4 + len(decays_of(config_of(settings)))
     need = base + activations + lora * (4 * vectors + 2 * bytes_each)
     have = machine.memory()
     if need > have:

@@ -504,7 +504,7 @@ def test_tiny_flux_is_distilled_as_flux_distill_does(paper, tmp_path):
     ours = world.distil(config, 3, snapshots=[2])
     assert sorted(ours) == [2, 3]
     world = common_flux.TinyFlux(settings)
-    state = fd.TrainState(world.lora.loaded_weights(), fd.method_of(settings))
+    state = fd.TrainState(world.lora.loaded_weights(), fd.config_of(settings))
     for _ in fd.train(settings, world.cache, world.pool, world.lora, state):
         pass
     assert torch.equal(ours[3], state.student)

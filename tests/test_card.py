@@ -56,7 +56,7 @@ def calls_of(text: str, monkeypatch) -> SimpleNamespace:
         device=diffusers.FluxPipeline.from_pretrained.return_value.to.call_args,
         lora=pipe.load_lora_weights.call_args,
         scale=pipe.set_adapters.call_args,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_config.call_args,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler.call_args,
         sample=pipe.call_args,
         int8=quantization.Int8WeightOnlyConfig.called,
     )
@@ -78,7 +78,7 @@ def test_every_number_of_the_snippet_is_the_runs_own(taught, monkeypatch):
     assert calls.lora.args == ("out",)
     assert calls.lora.kwargs["weight_name"] == fd.LORA
     assert calls.scale.args == ("scfm", 1.125)
-    assert calls.scheduler.kwargs == {"use_dynamic_shifting": False, "shift": 2.7}
+    assert (calls.scheduler.args, calls.scheduler.kwargs) == ((), {"shift": 2.7})
     assert calls.sample.kwargs == {
         "prompt": "PROMPT", "num_inference_steps": 5, "guidance_scale": 4.25,
         "max_sequence_length": 77, "height": 640, "width": 640,

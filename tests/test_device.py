@@ -407,7 +407,7 @@ def compiled(tmp_path_factory):
     torch._dynamo.reset()
     counters.clear()
     lora = new_lora(setup)
-    state = fd.TrainState(lora.loaded_weights(), fd.method_of(setup.settings))
+    state = fd.TrainState(lora.loaded_weights(), fd.config_of(setup.settings))
     graphs = []
     for _ in fd.train(setup.settings, setup.cache, fd.read_pool(setup.cache), lora, state):
         graphs.append(counters["stats"]["unique_graphs"])

@@ -4,6 +4,7 @@ The references are stock diffusers: its packing, its pipeline, and its transform
 merged into the weights.
 """
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -121,6 +122,22 @@ def test_three_euler_steps_are_the_stock_pipelines(setup, size):
     assert (stock - noise).abs().mean() > 0.1
 
 
+@pytest.mark.parametrize(
+    "option", [{"shift_terminal": 0.1}, {"use_karras_sigmas": True}, {"stochastic_sampling": True}]
+)
+def test_options_of_the_models_own_scheduler_change_no_samples(setup, option):
+    """They would change the times, or the sampler, of the teacher and of every comparison."""
+    cond, noise = setup.cache.held_out([0], "scheduler")
+    sample = partial(fd.stock_sample, setup.model, noise, 3, cond, 3.0, batch=2)
+    expected = sample()
+    pipe = setup.model.load("image")
+    own = pipe.scheduler
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(own.config, **option)
+    found = sample()
+    pipe.scheduler = own
+    assert torch.equal(found, expected)
+
+
 # ------------------------------------------------------------- one network, several sets of weights
 
 
@@ -203,7 +220,7 @@ def settings_of(setup: SimpleNamespace, paper: bool) -> fd.Settings:
 
 def state_of(setup: SimpleNamespace, lora: fd.LoRA, paper: bool) -> fd.TrainState:
     """A state whose student and EMAs all differ."""
-    state = fd.TrainState(lora.loaded_weights(), fd.method_of(settings_of(setup, paper)))
+    state = fd.TrainState(lora.loaded_weights(), fd.config_of(settings_of(setup, paper)))
     for weights, drawn in zip(state.weights.values(), weight_sets(lora)):
         weights.copy_(drawn)
     return state

@@ -21,7 +21,7 @@ def begun(setup: SimpleNamespace, **change) -> tuple[Iterator[int], fd.TrainStat
     """Training at its beginning, as an iterator; `change`: other settings."""
     settings = fd.replace(setup.settings, **change)
     lora = new_lora(setup, **change)
-    state = fd.TrainState(lora.loaded_weights(), fd.method_of(settings))
+    state = fd.TrainState(lora.loaded_weights(), fd.config_of(settings))
     steps = fd.train(settings, setup.cache, fd.read_pool(setup.cache), lora, state)
     return steps, state, lora
 
@@ -69,7 +69,7 @@ def test_a_state_is_saved_and_loaded_to_the_bit(setup, tmp_path, paper):
     assert state.saved == 3
 
     loaded = fd.TrainState(
-        torch.zeros_like(state.student), fd.method_of(fd.replace(setup.settings, paper=paper))
+        torch.zeros_like(state.student), fd.config_of(fd.replace(setup.settings, paper=paper))
     )
     loaded.load(elsewhere.state)
     assert (loaded.rows, loaded.done, loaded.checks) == (state.rows, True, state.checks)
@@ -98,7 +98,7 @@ def test_a_loaded_state_is_no_mapping_of_its_file(setup, tmp_path):
     next(steps)
     elsewhere = fd.replace(setup.run, out=tmp_path)
     state.save(elsewhere)
-    loaded = fd.TrainState(torch.zeros_like(state.student), fd.method_of(setup.settings))
+    loaded = fd.TrainState(torch.zeros_like(state.student), fd.config_of(setup.settings))
     loaded.load(elsewhere.state)
     size = elsewhere.state.stat().st_size
     with open(elsewhere.state, "rb+") as file:
@@ -157,7 +157,7 @@ def gradients_of_passes(setup: SimpleNamespace, passes: int, **change) -> list[T
     """Gradient of each pass of the first iteration, by itself."""
     settings = fd.replace(setup.settings, **change)
     lora = new_lora(setup, **change)
-    state = fd.TrainState(lora.loaded_weights(), fd.method_of(settings))
+    state = fd.TrainState(lora.loaded_weights(), fd.config_of(settings))
     pool = fd.read_pool(setup.cache)
     U = torch.rand(1, generator=fd.keyed(settings.seed, "fraction", 1)).item()
     gradients = []
@@ -191,11 +191,11 @@ def test_a_step_takes_the_mean_gradient_of_its_passes(setup, paper):
 def test_emas_follow_the_student_once_a_step_in_float32(setup, accumulate):
     """By hand, from the students of 12 steps: the decay is i / (i + 4), until its own is less."""
     steps, state, _ = begun(setup, paper=True, iterations=12, accumulate=accumulate)
-    assert state.method.decays == {"fast": 0.99, "slow": 0.999}  # the paper's
-    state.method.decays.update(fast=0.5, slow=0.7)
-    by_hand = {name: state.student.double() for name in state.method.decays}
+    assert state.decays == {"fast": 0.99, "slow": 0.999}  # the paper's
+    state.decays.update(fast=0.5, slow=0.7)
+    by_hand = {name: state.student.double() for name in state.decays}
     for i in steps:
-        for name, decay in state.method.decays.items():
+        for name, decay in state.decays.items():
             factor = min(decay, i / (i + 4))
             by_hand[name] = factor * by_hand[name] + (1 - factor) * state.student.double()
     for name, ema in by_hand.items():
@@ -207,7 +207,7 @@ def test_emas_follow_the_student_once_a_step_in_float32(setup, accumulate):
 
 def test_matched_windows_need_the_slow_ema_alone(setup):
     _, state, _ = begun(setup)
-    assert state.method.decays == {"slow": 0.999}
+    assert state.decays == {"slow": 0.999}
     assert state.weights.keys() == {"student", "slow"}
 
 

@@ -119,7 +119,7 @@ def test_velocities_and_student_get_the_same_guidance_row_by_row(guided, paper):
     """Of the network calls of an iteration the student's comes last."""
     settings = fd.replace(guided.settings, paper=paper, accumulate=1)
     lora = new_lora(guided, paper=paper)
-    state = fd.TrainState(lora.loaded_weights(), fd.method_of(settings))
+    state = fd.TrainState(lora.loaded_weights(), fd.config_of(settings))
     pool = fd.read_pool(guided.cache)
     with guidance_of_calls() as calls:
         for iteration in fd.train(settings, guided.cache, pool, lora, state):

@@ -461,7 +461,7 @@ def test_calls_of_an_iteration_are_as_stated(setup, change, stated):
     """Over ten iterations: the paper's fraction of teacher rows is right on average."""
     settings = fd.replace(setup.settings, **change, iterations=10, batch=5)
     lora = new_lora(setup, **change, batch=5)
-    state = fd.TrainState(lora.loaded_weights(), fd.method_of(settings))
+    state = fd.TrainState(lora.loaded_weights(), fd.config_of(settings))
     with rows_of_calls() as rows:
         for _ in fd.train(settings, setup.cache, fd.read_pool(setup.cache), lora, state):
             pass

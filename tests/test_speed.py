@@ -25,7 +25,7 @@ from speed import SMALL, fd
 
 def started(run) -> tuple:
     """A state, and a generator of training steps that change it."""
-    state = fd.TrainState(run.lora.loaded_weights(), fd.method_of(run.settings))
+    state = fd.TrainState(run.lora.loaded_weights(), fd.config_of(run.settings))
     return state, fd.train(run.settings, run.cache, fd.read_pool(run.cache), run.lora, state)
 
 

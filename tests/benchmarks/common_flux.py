@@ -123,8 +123,7 @@ class TinyFlux:
         By flux_distill.py's own loop, for any config; ema_warmup False: with constant EMAs.
         """
         settings = replace(self.settings, iterations=iterations, accumulate=1, warmup=0)
-        method = fd.method_with(config, ema_warmup)
-        state = fd.TrainState(self.lora.loaded_weights(), method)
+        state = fd.TrainState(self.lora.loaded_weights(), config, ema_warmup)
         kept = {}
         for iteration in fd.train(settings, self.cache, self.pool, self.lora, state):
             if iteration in (*snapshots, iterations):

@@ -139,7 +139,7 @@ def calls_of_a_step(lora: fd.LoRA, batch: dict[str, torch.Tensor]) -> None:
 def timed_steps(run: SimpleNamespace, count: int) -> list[tuple[float, float]]:
     """Seconds of each training step, and of its network calls alone; without the first ones."""
     machine = run.cache.machine
-    state = fd.TrainState(run.lora.loaded_weights(), fd.method_of(run.settings))
+    state = fd.TrainState(run.lora.loaded_weights(), fd.config_of(run.settings))
     steps = fd.train(run.settings, run.cache, fd.read_pool(run.cache), run.lora, state)
     batch = input_of_network(run)
     seconds = []
@@ -197,7 +197,7 @@ def measure_profile(
     torch.set_num_threads(threads)
     with random_run(CONFIGS[config], pixels, batch, *flags.split()) as run:
         machine = run.cache.machine
-        state = fd.TrainState(run.lora.loaded_weights(), fd.method_of(run.settings))
+        state = fd.TrainState(run.lora.loaded_weights(), fd.config_of(run.settings))
         steps = fd.train(run.settings, run.cache, fd.read_pool(run.cache), run.lora, state)
         while state.iteration < WARM_UP:
             next(steps)
