@@ -81,18 +81,19 @@ teacher calls has nearly as many iterations as ours, and at shift 1 on a full bu
 good in two to four steps; on a tenth it is behind. So the calls that bootstrapping saves can't
 be the whole reason; what else is was not tried. On the tiny Flux ours is nearer than direct
 regression and level with the others.""",
-    "iterations": """To coarse levels the paper's recipe is about as fast as ours; on spirals it
-is half as fast to one of two such levels, and it passes its best soon after. To that best ours
-needs about half to a quarter of the calls, on checkerboard and spirals within the interval, and
-it goes on to errors two to seven times lower. This is ours with tuned settings: as toy_2d.py
-trains, with batches of 512, it takes three to six times as many calls to a coarse level as the
-tuned recipe of the paper, and more calls to the paper's best on all flows but gaussians. With
-its own EMA decays from the start, and half the rate, the paper's recipe takes some fifteen to a
-hundred times as many calls as ours to a coarse level; the two causes were not separated. On the
-tiny Flux, at scale 1, ours takes a quarter to a half of the calls of the tuned recipe of the
-paper to each level that both reach, as shipped nearly as many to the coarsest; with scales the
-two are level to coarse levels. Ours ends about a quarter nearer, with scales by a seventh. The
-paper's own decays, with batches of 8, do as well there as its tuned settings, in as many calls.""",
+    "iterations": """To coarse levels the paper's recipe is about as fast as ours; but on
+checkerboard and spirals it takes three times as many calls to twice its own least error, for
+batches of 64 do not get there with every seed, and it passes its best soon after. To that best
+ours needs a half to a fifth of the calls, and it goes on to errors two to eight times lower.
+This is ours with tuned settings: as toy_2d.py trains, with batches of 512, it takes 1.3 to 8
+times as many calls to a coarse level as the tuned recipe of the paper, and more calls to the
+paper's best on all flows but gaussians. With its own EMA decays from the start, and half the
+rate, the paper's recipe takes some fifteen to a hundred times as many calls as ours to a coarse
+level; the two causes were not separated. On the tiny Flux, at scale 1, ours takes a quarter to
+a half of the calls of the tuned recipe of the paper to each level that both reach, as shipped
+nearly as many to the coarsest; with scales the two are level to coarse levels. Ours ends about
+a quarter nearer, with scales by a seventh. The paper's own decays, with batches of 8, do as
+well there as its tuned settings, in as many calls.""",
     "lookahead": """With a table in place of a network the code follows the prediction. Networks
 follow it too with matched windows, nearly everywhere within a tenth. With the paper's at a
 teacher fraction of a half or more they follow it in the first two thirds of the path, and
