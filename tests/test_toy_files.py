@@ -84,7 +84,7 @@ def test_a_stop_of_the_toy_is_one_sentence(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(toy_2d, "distil", stopping)
-    with pytest.raises(SystemExit, match="stopped; the same command starts over"):
+    with pytest.raises(SystemExit, match="stopped; repeat the command to start over"):
         toy(tmp_path)
 
 

@@ -133,9 +133,9 @@ guidance, but less often than the guided teacher in 8 steps, and than in 3: that
 missed. A student on exact targets misses it too, by about half as much; one that also learns
 the captions on which it is judged seems to come near it, with a wide interval. So about half of
 what is missing is there on exact targets, too; the other half may be the method's or that of
-its shorter training. With only four captions held out it is no better. The scale helps a little
-in 2 steps and slightly harms from 4 on; from 6 steps on the student is farther off than as many
-guided steps.""",
+its shorter training, though five times the iterations bring little. A higher guidance hardly
+helps, and holding out only four captions does not. The scale helps a little in 2 steps and slightly
+harms from 4 on; from 6 steps on the student is farther off than as many guided steps.""",
     "fusion": """Training from scratch with shortcuts has the same trade-off as distillation:
 what is gained in few steps is lost in many. Recipes whose look-ahead suits few steps are worse
 in 32 steps than plain flow matching, by one to two orders of magnitude. In 3 steps matched
