@@ -25,12 +25,12 @@ Symbols
     rho = k/N   teacher_ratio    expected fraction of teacher rows in a batch, 0.4
 Everywhere else N is the number of steps that the student will sample with.
 
-A *window* is two steps in a row, t > t_mid > t_end. A batch has *teacher rows*, in which the
-teacher takes the first of the two, and *self rows*, in which EMAs of the student take both.
+A *window* is two steps in a row, t > t_mid >= t_end. A batch has *teacher rows*, in which the
+teacher takes the first or both, and *self rows*, in which EMAs of the student take both.
 
 One training step: config is ShortcutConfig(); teacher, student, fast and slow are modules called as
-net(x, t, **cond), the last two started as copies of the student; x_0 and noise are (B, ...)
-    windows = sample_windows(config, batch=len(x_0))                # t > t_mid > t_end
+net(x, t, **cond), the last two started as float32 copies of the student; x_0, noise are (B, ...)
+    windows = sample_windows(config, batch=len(x_0))                # t > t_mid >= t_end
     first, second = dual(windows, teacher, fast, slow)              # Algorithm 2
     loss, log = shortcut_loss(windows, x_0, noise, student, first, second, **cond)  # Eq. 11-13
     ...                                                             # backward and optimizer step
@@ -127,10 +127,10 @@ class Windows(NamedTuple):
 
     t: Tensor  # (B,), in (0, 1]
     t_mid: Tensor  # (B,), in [0, t)
-    t_end: Tensor  # (B,), at most t_mid; below 0 in some rows of "matched fuse"
+    t_end: Tensor  # (B,), at most t_mid; can be below 0 ("matched fuse": down to -t)
     teacher_rows: int  # k: the first k rows are teacher rows, the others self rows
-    kind: str  # "distil", "fuse", "matched" or "matched fuse": all that they may be used for
-    midpoint_steps: int = 1  # number of the teacher's in the first step of `matched` (section 5)
+    kind: str  # "distil" (for dual, vanilla), "fuse" (fusion), "matched" or "matched fuse"
+    midpoint_steps: int = 1  # of the teacher from t to t_mid, in `matched` (section 5)
 
 
 def sample_windows(
@@ -310,9 +310,9 @@ def update_ema(ema: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -
 #
 # The student has no step size among its inputs, so it can't be right for every window that starts
 # at t. If every target is resolved into what it is made of, the student regresses on an average of
-# the teacher's velocities v_T(t - l) at distances l >= 0 further down the path. To first order in l
-# such an average is v_T(t - L), where L is the mean of l: call it the *look-ahead* L(t). An Euler
-# step needs the mean velocity over the step, and so a look-ahead of half the step.
+# the teacher's velocities v_T(t - l) on its way from x_t to the data, a time l >= 0 ahead. To first
+# order in l such an average is v_T(t - L), where L is the mean of l: call it the *look-ahead* L(t),
+# a time. An Euler step needs the mean velocity over the step: a look-ahead of half the step.
 #
 # In a target the first velocity has the weight w = (t - t_mid) / (t - t_end), the second 1 - w. Let
 # L_1 be the look-ahead of the first at t, and L_2 that of the second at t_mid. Training has
@@ -327,8 +327,8 @@ def update_ema(ema: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -
 def paper_lookahead(config: ShortcutConfig, is_vanilla: bool = False) -> float:
     """Look-ahead L that the paper's windows teach on a path without ends, at shift 1.
 
-    It suits N = 1 / (2 L) steps, which is two at the default strides and rho. There, (A) holds with
-    the same L at t and t_mid, and w = 1/2. With d the stride of a self row divided by n, `dual` has
+    It suits N = 1 / (2 L) steps: by default 2 (`vanilla`: 4). Without ends, (A) holds with the same
+    L at t and t_mid, and w = 1/2. With d the stride of a self row divided by n, `dual` has
         teacher rows   (1/n + L) / 2
         self rows      (L + d + L) / 2
     and the mean over all rows, L = rho (1/n + L) / 2 + (1 - rho) (L + E[d] / 2), is solved by
@@ -349,8 +349,8 @@ def paper_lookahead(config: ShortcutConfig, is_vanilla: bool = False) -> float:
 class MatchedConfig:
     """Settings of windows that teach the look-ahead which an Euler sampler of N steps requires.
 
-    The sampler has the middle of shift_range as its shift. What it requires depends on t alone, so
-    rows with different shifts can share a batch.
+    Sample with time_grid(config.steps, config.shift). What that requires depends on t alone: a
+    row's own shift only sets how its t is drawn.
     """
 
     steps: int = 3  # N
@@ -374,7 +374,7 @@ class MatchedConfig:
     def midpoint_steps(self) -> int:
         """Number of midpoint steps of the teacher in `matched`: none is longer than 1/2 in t.
 
-        One, with the default teacher_part, for N of three or more and shifts up to 6.
+        One, with the default teacher_part, for N >= 3 and shifts from 1/6 to 6.
         """
         # In t, the part that is nearest to the data is the longest if s > 1, nearest to the noise
         # if s < 1.
@@ -404,8 +404,9 @@ def matched_windows(
     `matched`): its velocity is the mean over that part, so L_1 = (t - t_mid) / 2. The second is
     that of the student's EMA, L_2 = L*(t_mid). (A) with L = L* gives the weight
         w = [t - t_mid + L*(t_mid) - L*(t)] / [t - t_mid + L*(t_mid) - L_1]                      (C)
-    and t_end = t - (t - t_mid) / w. With teacher_part = 1, w = 1 and the target is the teacher's
-    alone. The smaller it is, the more the student learns from its own EMA.
+    and t_end = t - (t - t_mid) / w. Where t_mid = 0, w = 1: the target is the teacher's alone, and
+    from there L = L* spreads to larger t. With teacher_part = 1 it is so everywhere; the smaller it
+    is, the more the student learns from its own EMA.
     """
     _require(batch >= 1, f"batch={batch} must be >= 1")
     rand = _uniform(generator)
@@ -413,9 +414,9 @@ def matched_windows(
     shift = low + (high - low) * rand(batch)
     t = shift_time(1 - rand(batch), shift)
     if fuse:
-        # The first velocity will be noise - x_0. It leads along a pair of noise and data, not along
-        # the flow, so (A) holds to first order in t - t_mid only: the first step is made shorter,
-        # by a factor that was not tuned.
+        # The first velocity will be noise - x_0. Its mean at x_t is the flow's velocity there, so
+        # L_1 = 0. But it leads off the flow, so (A) holds to first order in t - t_mid only: the
+        # first step is made shorter, by a factor that was not tuned.
         t_mid = config.after(t, config.teacher_part / 4)
         first_lookahead = torch.zeros_like(t)
     else:
@@ -424,9 +425,10 @@ def matched_windows(
     second_lookahead = t - t_mid + config.lookahead(t_mid)
     w = (second_lookahead - config.lookahead(t)) / (second_lookahead - first_lookahead)  # (C)
     # Up to rounding, t_end <= t_mid: w <= 1, since L*(t) >= L_1 with teacher_part <= 1. And t_end
-    # >= 0, which is w >= (t - t_mid) / t: as `after` rises with t, the numerator of (C) is at least
-    # (t - t_mid) / 2; the denominator is half of what lies between t and after(t_mid, 1), at most
-    # t / 2. In fusion, L_1 = 0, t_end can be below 0. No network is called there, it only sets w.
+    # >= 0, which is w >= (t - t_mid) / t. For twice the numerator of (C) is
+    #     t - t_mid + after(t, 1) - after(t_mid, 1) >= t - t_mid,
+    # as `after` rises with t, and twice the denominator is t - after(t_mid, 1) <= t. In fusion,
+    # L_1 = 0, t_end can be below 0. No network is called there, it only sets w.
     t_end = t - (t - t_mid) / w
     kind = "matched fuse" if fuse else "matched"
     return Windows(t, t_mid, t_end, batch, kind, config.midpoint_steps)
@@ -519,11 +521,11 @@ def optimal_scale(student: Velocity, path: TeacherPath, **cond: Tensor) -> Tenso
     scale lam computes, to first order. Least squares over the N steps and all rows:
     lam* = sum <v_S - v_T, mean - v_T> / sum |v_S - v_T|^2.
 
-    lam* = 1: the student is matched to N steps. (Up to 1 / substeps: the mean over Euler substeps
-    looks that much less far ahead, as those of the teacher's own sampler do.) lam* > 1: it does not
-    look far enough ahead; it is undertrained, or trained for more steps. lam* < 1: too far; below
-    0, in the wrong direction. inf: it equals the teacher. Far from 1, the best samples can have
-    another scale: search for it, from lam*.
+    lam* = 1: the student is matched to N steps. (Exactly: 1 - 1 / substeps, for the mean over Euler
+    substeps looks ahead by that fraction of half a step.) lam* > 1: it does not look far enough
+    ahead; it is undertrained, or trained for more steps. lam* < 1: too far; below 0, in the wrong
+    direction. inf: it equals the teacher. Far from 1, the best samples can have another scale:
+    search for it, from lam*.
     """
     product = 0.0
     square = 0.0
