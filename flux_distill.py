@@ -186,7 +186,7 @@ class Settings:
         text="save a state to resume from every K iterations")
     stop_when_matched: bool = flag(False, weights=True, action="store_true",
         text="stop training when the student's validation error has stopped falling over ten"
-        " validations; with --paper when its best scale, lam*, is at most 1.05 or has stopped so")
+        " validations; with --paper when its best scale, lam*, is at most 1.05 or no longer falls")
     # fmt: on
 
     given: frozenset[str] = frozenset()  # names of the settings that the command line gave

@@ -47,7 +47,7 @@ class Settings:
     fusion: bool = flag(
         False,
         "instead of distilling, train few-step networks from scratch, in twice --iterations, and "
-        "compare them with plain flow matching, in four times as many",
+        "compare them with plain flow matching, in four times --iterations",
     )
     few_shot: int = flag(0, "number of data points that the students see; 0: no limit", (0, 10**7))
     iterations: int = flag(
