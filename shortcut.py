@@ -7,12 +7,13 @@ Conventions (papers differ in the direction of time and in the sign of v, so rea
     time        t = 1 is noise, t = 0 is data, as in Flux and Stable Diffusion 3
     state       x_t = (1 - t) x_0 + t noise
     velocity    v(x_t, t) estimates noise - x_0; an Euler step from t to t' < t is x_t - (t - t') v
-    grid time   u in [0, 1] is uniform; the shift s maps it to t = s u / (1 + (s - 1) u)
+    grid time   u in [0, 1]: a sampler's steps are equal in u; the shift s maps it to
+                t = s u / (1 + (s - 1) u)
 
 A velocity is any callable v(x, t, **cond) that returns a tensor like x, with x (B, ...), t (B,) and
 every conditioning tensor batched on dim 0. It is given x and t in float32 (float64 if the data is)
-and casts them to what its network needs: bfloat16 rounds t by up to 0.002, and a step of the
-paper's grid is as short as 0.007.
+and must itself cast them to what its network needs: bfloat16 rounds t by up to 0.002, and a step of
+the paper's grid is as short as 0.007.
 
 Symbols
     paper       here             meaning
@@ -21,12 +22,13 @@ Symbols
     theta_fast  fast             exponential moving average (EMA) of the student, decay 0.99
     theta_slow  slow             EMA of the student, decay 0.999
     n           grid_steps       steps of the teacher's own sampler, 32
-    s           shift            time shift, drawn for every row of a batch
+    s           shift            time shift; in training, drawn for every row of a batch
     rho = k/N   teacher_ratio    expected fraction of teacher rows in a batch, 0.4
 Everywhere else N is the number of steps that the student will sample with.
 
-A *window* is two steps in a row, t > t_mid >= t_end. A batch has *teacher rows*, in which the
-teacher takes the first or both, and *self rows*, in which EMAs of the student take both.
+A *window* is two consecutive steps, t > t_mid >= t_end. A batch has *teacher rows*, in which the
+teacher takes the first step (Algorithm 2) or both (Algorithm 1), and *self rows*, in which EMAs of
+the student take both.
 
 One training step: config is ShortcutConfig(); teacher, student, fast and slow are modules called as
 net(x, t, **cond), the last two started as float32 copies of the student; x_0, noise are (B, ...)
@@ -36,7 +38,7 @@ net(x, t, **cond), the last two started as float32 copies of the student; x_0, n
     ...                                                             # backward and optimizer step
     update_ema(fast.parameters(), student.parameters(), config.fast_decay)
     update_ema(slow.parameters(), student.parameters(), config.slow_decay)
-and then, in as many steps as wanted
+and then, in few steps (section 5: in how many), with a shift out of config.shift_range
     samples = euler_sample(student, noise, time_grid(N, shift), **cond)
 
 Sections 1 to 4 are the paper, with its equation and algorithm numbers. Section 5 is ours: what the
@@ -123,13 +125,17 @@ class ShortcutConfig:
 
 
 class Windows(NamedTuple):
-    """Two steps for each row of a batch, from t via t_mid to t_end."""
+    """Two steps for each row of a batch, from t via t_mid to t_end.
+
+    kind: "distil" for `dual` and `vanilla`, "fuse" for `fusion`, and from section 5 "matched" for
+    `matched`, "matched fuse" for `matched_fusion`.
+    """
 
     t: Tensor  # (B,), in (0, 1]
     t_mid: Tensor  # (B,), in [0, t)
     t_end: Tensor  # (B,), at most t_mid; can be below 0 ("matched fuse": down to -t)
     teacher_rows: int  # k: the first k rows are teacher rows, the others self rows
-    kind: str  # "distil" (for dual, vanilla), "fuse" (fusion), "matched" or "matched fuse"
+    kind: str  # which functions take these windows
     midpoint_steps: int = 1  # of the teacher from t to t_mid, in `matched` (section 5)
 
 
@@ -146,9 +152,10 @@ def sample_windows(
     is uniform over all grid points from which both steps fit. In fusion the teacher rows need no
     grid: their start is uniform in (0, 1].
 
-    The first k = floor(rho B + U) rows are teacher rows. With U uniform in [0, 1) the expectation
-    of k is exactly rho B. Several processes must pass the same U, so that all make the same number
-    of network calls. The windows are on the generator's device.
+    The first k = floor(rho B + U) rows are teacher rows. With U uniform in [0, 1), drawn unless it
+    is given, the expectation of k is exactly rho B. Processes that train together must pass the
+    same U, so that all make the same network calls (one is left out if k is 0 or B). The windows
+    are on the generator's device.
     """
     _require(batch >= 1, f"batch={batch} must be >= 1")
     n = config.grid_steps
@@ -203,7 +210,8 @@ def dual(
 ) -> tuple[Velocity, Velocity]:
     """First and second velocity of Algorithm 2, the paper's final version.
 
-    Teacher rows: teacher, then slow. Self rows: fast, then slow.
+    Teacher rows: teacher, then slow. Self rows: fast, then slow. Which EMA comes first is the
+    paper's choice; for what is learned (section 5) both count as the student.
     """
     _require_kind(windows, "distil")
     first = by_rows(windows.teacher_rows, teacher, fast)
@@ -309,14 +317,16 @@ def update_ema(ema: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -
 # ---------------------------------------------------------- 5. beyond the paper: matched windows
 #
 # The student has no step size among its inputs, so it can't be right for every window that starts
-# at t. If every target is resolved into what it is made of, the student regresses on an average of
-# the teacher's velocities v_T(t - l) on its way from x_t to the data, a time l >= 0 ahead. To first
-# order in l such an average is v_T(t - L), where L is the mean of l: call it the *look-ahead* L(t),
-# a time. An Euler step needs the mean velocity over the step: a look-ahead of half the step.
+# at t. Follow the teacher from x_t to the data, and let v_T(t - l) be its velocity there a time
+# l >= 0 ahead. If every target is resolved into what it is made of, the student regresses on an
+# average of these velocities. To first order in l such an average is v_T(t - L), where L is the
+# mean of l: call it the *look-ahead* L(t), a time. An Euler step needs the mean velocity over the
+# step: a look-ahead of half the step.
 #
 # In a target the first velocity has the weight w = (t - t_mid) / (t - t_end), the second 1 - w. Let
-# L_1 be the look-ahead of the first at t, and L_2 that of the second at t_mid. Training has
-# converged when the student's look-ahead is that of its targets, on average over the windows at t:
+# L_1 be the look-ahead of the first at t, and L_2 that of the second at t_mid. (x_mid misses the
+# teacher's path, but only by second order in the lengths.) Training has converged when the
+# student's look-ahead is that of its targets, on average over the windows that start at t:
 #
 #     L(t) = mean of  w L_1 + (1 - w) [t - t_mid + L_2]                                         (A)
 #
@@ -325,17 +335,17 @@ def update_ema(ema: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -
 
 
 def paper_lookahead(config: ShortcutConfig, is_vanilla: bool = False) -> float:
-    """Look-ahead L that the paper's windows teach on a path without ends, at shift 1.
+    """Look-ahead L that the paper's windows teach at shift 1, as if the path had no ends.
 
-    It suits N = 1 / (2 L) steps: by default 2 (`vanilla`: 4). Without ends, (A) holds with the same
-    L at t and t_mid, and w = 1/2. With d the stride of a self row divided by n, `dual` has
+    It suits N = 1 / (2 L) steps: by default 2 (`vanilla`: 4). Without ends at t = 0 and 1, L is the
+    same at all t, and in (A) w = 1/2. With d the stride of a self row divided by n, `dual` has
         teacher rows   (1/n + L) / 2
         self rows      (L + d + L) / 2
     and the mean over all rows, L = rho (1/n + L) / 2 + (1 - rho) (L + E[d] / 2), is solved by
         L = 1/n + (1 - rho) / rho E[d]                                                           (B)
-    The teacher rows of `vanilla` call the teacher twice, 1/(2 n), and give half of (B). Without
-    teacher rows L is inf. On the real path long windows fit only near the noise: there L is larger
-    than (B), near the data smaller. The config's shift_range is ignored.
+    In teacher rows of `vanilla` both velocities are the teacher's: their look-ahead (0 + 1/n) / 2
+    halves (B). Without teacher rows L is inf. On the real path long windows fit only near the
+    noise: there L is larger than (B), near the data smaller. The config's shift_range is ignored.
     """
     rho = config.teacher_ratio
     if rho == 0:
@@ -356,7 +366,7 @@ class MatchedConfig:
     steps: int = 3  # N
     shift_range: tuple[float, float] = (2.5, 4.5)  # s ~ U[low, high], drawn per row
     slow_decay: float = 0.999  # of theta_slow, per optimizer step
-    teacher_part: float = 3 / 8  # fraction of the sampler's step that the teacher covers; tuned
+    teacher_part: float = 3 / 8  # of the sampler's step, in grid time: what the teacher covers
 
     def __post_init__(self):
         _require(self.steps >= 1, f"steps={self.steps} must be >= 1")
@@ -374,7 +384,7 @@ class MatchedConfig:
     def midpoint_steps(self) -> int:
         """Number of midpoint steps of the teacher in `matched`: none is longer than 1/2 in t.
 
-        One, with the default teacher_part, for N >= 3 and shifts from 1/6 to 6.
+        One, with the default teacher_part, for N >= 3 and shifts between 1/7 and 7.
         """
         # In t, the part that is nearest to the data is the longest if s > 1, nearest to the noise
         # if s < 1.
@@ -404,9 +414,10 @@ def matched_windows(
     `matched`): its velocity is the mean over that part, so L_1 = (t - t_mid) / 2. The second is
     that of the student's EMA, L_2 = L*(t_mid). (A) with L = L* gives the weight
         w = [t - t_mid + L*(t_mid) - L*(t)] / [t - t_mid + L*(t_mid) - L_1]                      (C)
-    and t_end = t - (t - t_mid) / w. Where t_mid = 0, w = 1: the target is the teacher's alone, and
-    from there L = L* spreads to larger t. With teacher_part = 1 it is so everywhere; the smaller it
-    is, the more the student learns from its own EMA.
+    and t_end = t - (t - t_mid) / w. Unless it is for fusion, w = 1 where t_mid = 0: the target is
+    the teacher's alone, and from there L = L* spreads to larger t. With teacher_part = 1 it is so
+    everywhere; the smaller it is, the more the student learns from its own EMA. The default was
+    tuned.
     """
     _require(batch >= 1, f"batch={batch} must be >= 1")
     rand = _uniform(generator)
@@ -415,8 +426,9 @@ def matched_windows(
     t = shift_time(1 - rand(batch), shift)
     if fuse:
         # The first velocity will be noise - x_0. Its mean at x_t is the flow's velocity there, so
-        # L_1 = 0. But it leads off the flow, so (A) holds to first order in t - t_mid only: the
-        # first step is made shorter, by a factor that was not tuned.
+        # L_1 = 0. But each of these steps leads straight off the flow, and what the EMA says at
+        # its end is right on average only to first order in t - t_mid. So the first step is made
+        # shorter, by a factor that was not tuned.
         t_mid = config.after(t, config.teacher_part / 4)
         first_lookahead = torch.zeros_like(t)
     else:
@@ -424,11 +436,12 @@ def matched_windows(
         first_lookahead = (t - t_mid) / 2
     second_lookahead = t - t_mid + config.lookahead(t_mid)
     w = (second_lookahead - config.lookahead(t)) / (second_lookahead - first_lookahead)  # (C)
-    # Up to rounding, t_end <= t_mid: w <= 1, since L*(t) >= L_1 with teacher_part <= 1. And t_end
-    # >= 0, which is w >= (t - t_mid) / t. For twice the numerator of (C) is
+    # Up to rounding, t_end <= t_mid: w <= 1, since L*(t) >= L_1 with teacher_part <= 1. Without
+    # fusion t_end >= 0, which is w >= (t - t_mid) / t: twice the numerator of (C) is
     #     t - t_mid + after(t, 1) - after(t_mid, 1) >= t - t_mid,
-    # as `after` rises with t, and twice the denominator is t - after(t_mid, 1) <= t. In fusion,
-    # L_1 = 0, t_end can be below 0. No network is called there, it only sets w.
+    # as `after` rises with t, and twice the denominator is t - after(t_mid, 1) <= t. With fusion
+    # L_1 is 0, and t_end falls to -t where t_mid = 0 and w = 1/2. That does no harm: no network is
+    # called at t_end, which only sets w.
     t_end = t - (t - t_mid) / w
     kind = "matched fuse" if fuse else "matched"
     return Windows(t, t_mid, t_end, batch, kind, config.midpoint_steps)
@@ -468,7 +481,10 @@ def mean_velocity(
 def matched_fusion(
     windows: Windows, x_0: Tensor, noise: Tensor, ema: Velocity
 ) -> tuple[Velocity, Velocity]:
-    """First and second velocity of matched windows in training from scratch."""
+    """First and second velocity of matched windows in training from scratch.
+
+    Update `ema` with a decay of 0.99, as in `fusion`, in place of the config's slow_decay.
+    """
     _require_kind(windows, "matched fuse")
     return _data_velocity(x_0, noise), ema
 
@@ -517,15 +533,16 @@ def teacher_path(
 def optimal_scale(student: Velocity, path: TeacherPath, **cond: Tensor) -> Tensor:
     """Scale lam of the student's change that fits the teacher's mean velocities best; a scalar ().
 
-    With v_S the student's velocity and v_T the teacher's, v_T + lam (v_S - v_T) is what a LoRA at
-    scale lam computes, to first order. Least squares over the N steps and all rows:
+    With v_S the student's velocity and v_T the teacher's, v_T + lam (v_S - v_T) is, to first order,
+    the velocity of the teacher's weights plus lam times the student's change of them: of a LoRA at
+    scale lam. Least squares over the N steps and all rows:
     lam* = sum <v_S - v_T, mean - v_T> / sum |v_S - v_T|^2.
 
-    lam* = 1: the student is matched to N steps. (Exactly: 1 - 1 / substeps, for the mean over Euler
-    substeps looks ahead by that fraction of half a step.) lam* > 1: it does not look far enough
-    ahead; it is undertrained, or trained for more steps. lam* < 1: too far; below 0, in the wrong
-    direction. inf: it equals the teacher. Far from 1, the best samples can have another scale:
-    search for it, from lam*.
+    lam* = 1: the student is matched to N steps. (More precisely 1 - 1 / substeps, for the mean over
+    Euler substeps looks ahead by that fraction of half a step.) lam* > 1: it does not look far
+    enough ahead; it is undertrained, or trained for more steps. lam* < 1: too far; below 0, in the
+    wrong direction. inf: it equals the teacher. Far from 1, the best samples can have another
+    scale: search for it, from lam*.
     """
     product = 0.0
     square = 0.0

@@ -1,8 +1,8 @@
 """Shortcut a flow-matching teacher on 2-D data and look at the result.
 
-Trains a small teacher, distils two students from it with shortcut.py, one as the paper does and one
-with windows matched to its number of steps, compares them with fresh data and draws four figures.
-Needs no GPU, no internet connection and no data set.
+Trains a small teacher and distils two students from it with shortcut.py: one with the paper's
+windows, one with windows matched to the number of steps in which it will sample. Compares them with
+fresh data and draws four figures. Needs no GPU, no internet connection and no data set.
 """
 
 # ruff: noqa: E402
@@ -42,16 +42,21 @@ class Settings:
         3, "number of sampling steps that the matched student is trained for", (1, 32)
     )
     shift: float = flag(
-        1.0, "time shift of training and sampling (1: none; FLUX.1: 3)", (1e-3, 1e3)
+        1.0,
+        "time shift of the students' training and of sampling (1: none; FLUX.1: 3)",
+        (1e-3, 1e3),
     )
     fusion: bool = flag(
         False,
-        "instead of distilling, train few-step networks from scratch, in twice --iterations, and "
-        "compare them with plain flow matching, in four times --iterations",
+        "instead of distilling, train few-step networks from scratch, on data and on their own EMA,"
+        " in twice --iterations, and compare them with plain flow matching, in four times"
+        " --iterations",
     )
     few_shot: int = flag(0, "number of data points that the students see; 0: no limit", (0, 10**7))
     iterations: int = flag(
-        2000, "training iterations of the teacher; students get half as many", (1, 10**9)
+        2000,
+        "training iterations of the teacher; its students get half as many (but see --fusion)",
+        (1, 10**9),
     )
     seed: int = flag(0, "random seed for networks, data and noise", (0, 2**62))
     out: Path = flag(Path("toy_out"), "folder for figures and results.json")
@@ -63,7 +68,7 @@ def flag_name(setting: Field) -> str:
 
 
 def parse(argv: list[str] | None = None) -> Settings:
-    """Settings from the command line, without the slow imports. Makes the folder --out."""
+    """Settings from the command line. Makes the folder --out."""
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     for setting in fields(Settings):
         how = dict(type=setting.type, choices=setting.metadata["choices"])
@@ -96,7 +101,10 @@ def parse(argv: list[str] | None = None) -> Settings:
 
 
 def foreign_files(folder: Path) -> list[Path]:
-    """Files there that would be replaced, unless samples.png is from this program."""
+    """Files of others that a run there would replace, now or later with --animate.
+
+    If samples.png is from this program, so is the folder, and there are none.
+    """
     with suppress(OSError), open(folder / "samples.png", "rb") as file:
         if MARK.encode() in file.read(1000):
             return []
@@ -110,8 +118,8 @@ import numpy as np
 import torch
 
 if "ipykernel" not in sys.modules:
-    # matplotlib fails to import if MPLBACKEND names a backend that it cannot find, as in a shell
-    # started from a notebook; nothing here needs one.
+    # A shell that was started from a notebook inherits its MPLBACKEND, and matplotlib fails to
+    # import if it cannot find that backend. Figures are only saved, which takes none.
     os.environ.pop("MPLBACKEND", None)
 from matplotlib.animation import PillowWriter
 from matplotlib.collections import LineCollection
@@ -124,9 +132,9 @@ from tqdm import tqdm
 import shortcut as sc
 
 STEPS = (1, 2, 3, 4, 8, 16, 32)  # columns of the table
-FINE_STEPS = 64  # used in place of the teacher's exact endpoint
-SCALES = (0.01, 10)  # range in which the calibrated scale is searched
-POINTS = 8_192  # samples behind an energy distance
+FINE_STEPS = 64  # Euler steps of the teacher whose endpoints stand for the exact ones
+SCALES = (0.01, 10)  # limits of lam*, and of how far the search for the scale goes outwards from it
+POINTS = 8_192  # generated samples in a measured energy distance; twice as many of the data
 UNIT = 1e-4  # of energy distances in table, figures and results.json
 UNIT_TEXT = "x 1e-4"
 COLORS = {
@@ -137,8 +145,8 @@ COLORS = {
     "matched, scaled": "#7b4fa3",
     "data": "#f2c14e",
 }
-Data = Callable[[int, torch.Generator], Tensor]  # (count, generator) -> points (count, 2)
-Table = dict[str, dict[int, Any]]  # {name of a row: {column: cell}}
+Data = Callable[[int, torch.Generator], Tensor]  # draws: (count, generator) -> points (count, 2)
+Table = dict[str, dict[int, Any]]  # {row: {column: cell}}; a column is a step count or an iteration
 Panels = list[tuple[str, Tensor]]  # name of a sampler, its states (steps + 1, n, 2)
 
 # -------------------------------------------------------------------------------------------- main
@@ -171,15 +179,17 @@ def run(settings: Settings) -> None:
         base_name = "flow matching"
         iterations = 2 * settings.iterations
         # Counting a backward pass as two network calls, a row of plain flow matching takes 3, one
-        # of the others about 4: with twice their iterations, it gets 1.4 to 1.5 times their calls.
+        # of the others about 4. With twice their iterations it gets 1.4 to 1.5 times their calls,
+        # so that the comparison does not favour them.
         base = train_teacher(data, 2 * iterations, settings.seed)
         train_student = partial(fuse, data)
     else:
         base_name = "teacher"
         iterations = max(1, settings.iterations // 2)
         base = train_teacher(data, settings.iterations, settings.seed)
-        pool = draw_from(data(settings.few_shot, generator)) if settings.few_shot else data
-        train_student = partial(distil, base, pool)
+        few = settings.few_shot
+        student_data = draw_from(data(few, generator)) if few else data
+        train_student = partial(distil, base, student_data)
     configs = {
         "SCFM as published": sc.ShortcutConfig(shift_range=(shift, shift)),
         "matched": sc.MatchedConfig(N, shift_range=(shift, shift)),
@@ -193,7 +203,8 @@ def run(settings: Settings) -> None:
     nets = {base_name: base} | {name: kept[iterations] for name, kept in students.items()}
 
     steps = sorted({*STEPS, N})
-    # a table of networks; its columns are numbers of steps
+    # The network to sample with in n steps: the same for all n, except in the scaled row. The base
+    # is the first row, here and in all tables made from this one.
     samplers = {name: dict.fromkeys(steps, net) for name, net in nets.items()}
     scales = {}
     if not settings.fusion:
@@ -201,10 +212,10 @@ def run(settings: Settings) -> None:
         scales = {n: calibrate(base, student, probe.validation, n, shift) for n in steps}
         samplers["matched, scaled"] = {n: scaled(base, student, scales[n]) for n in steps}
 
-    samples = each(samplers, lambda n, net: sample(net, probe.noise, n, shift))
-    fine = sample(base, probe.noise, FINE_STEPS, shift)
-    energy = each(samples, lambda n, x: energy_distance(x, probe.data) / UNIT)
-    rms = each(samples, lambda n, x: (x - fine).square().sum(1).mean().sqrt().item())
+    samples = map_cells(samplers, lambda n, net: sample(net, probe.noise, n, shift))
+    endpoints = sample(base, probe.noise, FINE_STEPS, shift)
+    energy = map_cells(samples, lambda n, x: energy_distance(x, probe.data) / UNIT)
+    rms = map_cells(samples, lambda n, x: (x - endpoints).square().sum(1).mean().sqrt().item())
     print(table(energy, rms, scales, probe.floor))
 
     watched = sorted({2, 4, 8, N})
@@ -221,7 +232,7 @@ def run(settings: Settings) -> None:
     )
 
     out = settings.out
-    plot_samples(samples, energy, probe, out / "samples.png")  # first: see `foreign_files`
+    plot_samples(samples, energy, probe, out / "samples.png")  # first: it marks the folder as ours
     with whole(out / "results.json") as part:
         part.write_text(json.dumps(results, indent=1, default=str) + "\n")
     plot_progress(errors, lams, energy, probe.floor, out / "progress.png")
@@ -327,7 +338,7 @@ class Recipe(NamedTuple):
 
 
 FROM_SCRATCH = Recipe(batch=1024, rate=5e-3, warmup=100)
-DISTILLATION = Recipe(batch=512, rate=2e-3, warmup=1)
+DISTILLATION = Recipe(batch=512, rate=2e-3, warmup=1)  # at the full rate from the start
 
 
 def train_teacher(data: Data, iterations: int, seed: int) -> nn.Module:
@@ -343,7 +354,7 @@ def train_teacher(data: Data, iterations: int, seed: int) -> nn.Module:
         v = teacher(sc.interpolate(x_0, noise, t), t)
         return (v - (noise - x_0)).square().mean()
 
-    for _ in minimize(loss, teacher, "teacher", recipe.rate, iterations, recipe.warmup):
+    for _ in minimize(loss, teacher, "flow matching", recipe.rate, iterations, recipe.warmup):
         pass
     return teacher.requires_grad_(False)
 
@@ -357,7 +368,7 @@ def distil(
     snapshots: Iterable[int] = (),
     recipe: Recipe = DISTILLATION,
 ) -> dict[int, nn.Module]:
-    """Shortcut the teacher by Algorithm 2 (ShortcutConfig) or with matched windows (MatchedConfig).
+    """Distil the teacher by Algorithm 2 (ShortcutConfig) or with matched windows (MatchedConfig).
 
     Returns {iteration: copy of the student}, for each of the snapshots and the last iteration.
     """
@@ -392,7 +403,8 @@ def fuse(
 ) -> dict[int, nn.Module]:
     """Train a few-step network from scratch; otherwise as `distil`.
 
-    decay: of the only EMA, in place of the config's: a slow EMA of random weights is a poor target.
+    decay: of the EMA. The config's slow_decay is not used, for a slow EMA would keep the random
+    weights of the start for long.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -496,11 +508,11 @@ def sampling_error(
 
 
 def energy_distance(x: Tensor, y: Tensor, directions: int = 16) -> float:
-    """2 E|x - y| - E|x - x'| - E|y - y'| of points (n, 2) and (m, 2).
+    """2 E|x - y| - E|x - x'| - E|y - y'| of points (n, 2) and (m, 2); some texts take its root.
 
-    For equal distributions it is 0 on average. In the plane, |a| is pi/2 times the mean of |<a, e>|
-    over unit vectors e (with 16 of them, to 0.4 %). On a line, sorting gives the sum over all
-    pairs, so thousands of points take milliseconds.
+    Unbiased: for equal distributions it is 0 on average, and can be negative. In the plane, |a| is
+    pi/2 times the mean of |<a, e>| over unit vectors e (with 16 of them, to 0.4 %). On a line,
+    sorting gives the sum over all pairs, so thousands of points take milliseconds.
     """
     angle = math.pi * torch.arange(directions) / directions
     axes = torch.stack([angle.cos(), angle.sin()])
@@ -508,8 +520,8 @@ def energy_distance(x: Tensor, y: Tensor, directions: int = 16) -> float:
 
     def pair_sum(z: np.ndarray) -> float:
         """Sum over i < j of |p_i - p_j| for points p, from projections z (directions, n)."""
-        rank = 2.0 * np.arange(z.shape[1]) - z.shape[1] + 1
-        return math.pi / 2 * (np.sort(z) @ rank).mean().item()
+        coefficient = 2.0 * np.arange(z.shape[1]) - z.shape[1] + 1
+        return math.pi / 2 * (np.sort(z) @ coefficient).mean().item()
 
     n, m = x.shape[1], y.shape[1]
     xx, yy = pair_sum(x), pair_sum(y)
@@ -528,9 +540,9 @@ def calibrate(base: nn.Module, student: nn.Module, noise: Tensor, steps: int, sh
 
     It takes the scale whose samples are, as a set, nearest to the teacher's fine endpoints from the
     same noise. (Sample by sample, the mean square would favour scales that blur.) The search begins
-    with scales within a factor of 1.6 around lam*, and goes on outwards while the best is the
-    outermost: far from 1, lam* is only a rough guess. The teacher and the unscaled student, scales
-    0 and 1, are candidates too.
+    with scales within a factor of 1.6 around lam* (`sc.optimal_scale`), and goes on outwards while
+    the best is the outermost: far from 1, lam* is only a rough guess. The teacher and the unscaled
+    student, scales 0 and 1, are candidates too.
     """
     path = sc.teacher_path(base, noise, sc.time_grid(steps, shift))
     lam = sc.optimal_scale(student, path).clamp(*SCALES).item()
@@ -541,7 +553,7 @@ def calibrate(base: nn.Module, student: nn.Module, noise: Tensor, steps: int, sh
 
     ratio = 1.6**0.1  # of neighbouring scales
     distances = {scale: distance(scale) for scale in np.geomspace(lam / 1.6, lam * 1.6, 21)}
-    for outermost, factor in ((min, 1 / ratio), (max, ratio)):
+    for outermost, factor in ((min, 1 / ratio), (max, ratio)):  # of the scales
         scale = outermost(distances)
         while scale == min(distances, key=distances.get) and SCALES[0] < scale < SCALES[1]:
             scale = scale * factor
@@ -550,7 +562,7 @@ def calibrate(base: nn.Module, student: nn.Module, noise: Tensor, steps: int, sh
     return float(min(distances, key=distances.get))
 
 
-def each(cells: Table, function: Callable[[int, Any], Any]) -> Table:
+def map_cells(cells: Table, function: Callable[[int, Any], Any]) -> Table:
     """The table of function(column, cell) for every cell."""
     return {
         name: {column: function(column, cell) for column, cell in row.items()}
@@ -564,13 +576,13 @@ def errors_of(students: Table, probe: Probe, steps: int, shift: float) -> Table:
     def error(iteration: int, net: nn.Module) -> float:
         return energy_distance(sample(net, probe.noise, steps, shift), probe.data) / UNIT
 
-    return each(students, error)
+    return map_cells(students, error)
 
 
 def lams_of(students: Table, base: nn.Module, probe: Probe, steps: int, shift: float) -> Table:
     """lam* of each student's snapshots for a sampler with `steps` steps."""
     path = sc.teacher_path(base, probe.validation, sc.time_grid(steps, shift))
-    return each(students, lambda iteration, net: sc.optimal_scale(net, path).item())
+    return map_cells(students, lambda iteration, net: sc.optimal_scale(net, path).item())
 
 
 def table(energy: Table, rms: Table, scales: dict[int, float], floor: float) -> str:
@@ -595,7 +607,7 @@ def table(energy: Table, rms: Table, scales: dict[int, float], floor: float) -> 
 
 @contextmanager
 def whole(path: Path):
-    """Yield a path that takes the place of `path` at the end: no partial files on a full disk."""
+    """Yield a path to write to, which replaces `path` at the end: a full disk leaves no part."""
     part = path.with_name(f".part-{path.name}")
     try:
         yield part
@@ -659,7 +671,7 @@ def plot_progress(errors: dict, lams: dict, energy: Table, floor: float, path: P
     """Error over training, a panel for each number of steps; below it lam*, if there is any."""
     rows = {f"energy distance, {UNIT_TEXT}": errors}
     if lams:
-        rows["best scale λ*"] = lams
+        rows["estimated best scale λ*"] = lams
     figure = Figure((3.6 * len(errors), 2.9 * len(rows) + 0.5), layout="constrained")
     grid = figure.subplots(len(rows), len(errors), sharex=True, sharey="row", squeeze=False)
     for axes, (label, panels) in zip(grid, rows.items()):
@@ -689,7 +701,8 @@ def plot_quality(energy: Table, steps: int, floor: float, path: Path) -> None:
     draw_floor(axis, floor)
     set_ticks(axis)
     columns = next(iter(energy.values()))
-    ticks = [n for n in columns if n == steps or not 0.88 < n / steps < 1.13]  # or they collide
+    # without those so near to the student's that their labels would collide
+    ticks = [n for n in columns if n == steps or not 0.88 < n / steps < 1.13]
     axis.set_xticks(ticks, ticks)
     axis.set_xlabel(f"Euler steps (matched: trained for {steps})")
     axis.set_ylabel(f"energy distance to the data, {UNIT_TEXT}")

@@ -53,7 +53,7 @@ class Sizes:
     single_blocks: int
     heads: int
     head_size: int
-    rope_axes: tuple[int, int, int]  # they add up to head_size
+    rope_axes: tuple[int, ...]  # they add up to head_size
     vae_iterations: int  # batches of 32 images; the decoder alone gets twice as many more
     images: int  # to train the transformer on
     batch: int
@@ -86,11 +86,11 @@ SIZES = {
         heads=6,
         head_size=64,
         rope_axes=(16, 24, 24),
-        vae_iterations=1000,
+        vae_iterations=800,
         images=30_000,
         batch=128,
-        iterations=3_000,
-        guidance_iterations=600,
+        iterations=2_400,
+        guidance_iterations=400,
         learning_rate=5e-4,
     ),
 }

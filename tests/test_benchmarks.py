@@ -101,6 +101,14 @@ def test_a_longer_benchmark_prints_its_tables(name, flags, words, tmp_path):
     check(name, flags, words, tmp_path)
 
 
+@pytest.mark.slow
+def test_the_students_of_a_medium_klein_have_tables_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDIUM_KLEIN", str(FOLDER.parent / "tiny_klein"))
+    told = run("klein", f"--parts medium --length 0.01 {ONE}", tmp_path)
+    assert told.startswith("The medium klein")
+    assert "captions shown in 3 steps" in told
+
+
 def test_every_benchmark_runs():
     scripts = {path.stem for path in FOLDER.glob("*.py")} - {"common", "common_flux", "report"}
     scripts.remove("gpu")  # test_speed.py runs it: it has other flags

@@ -76,7 +76,7 @@ MEDIUM_MODEL = {  # whether on a GPU: flags of make_tiny_flux.py
     False: "--size tiny --vae-iterations 9 --iterations 9 --guidance-iterations 9 --images 60",
 }
 MEDIUM = {  # whether on a GPU: flags of flux_distill.py
-    True: """--resolution 64 --shift 3 --iterations 800 --batch 64 --learning-rate 3e-4
+    True: """--resolution 64 --shift 3 --iterations 500 --batch 64 --learning-rate 3e-4
         --recompute-every 0 --noises 8 --validate-every 100""",
     False: f"--resolution 32 --shift 3 {LENGTHS[False]}",
 }
