@@ -40,7 +40,7 @@ SIZES = {
         single_blocks=6,
         head_size=64,
         rope_axes=(8, 24, 24, 8),
-        batch=256,
+        batch=384,
         iterations=3_000,
         learning_rate=1e-3,
     ),
