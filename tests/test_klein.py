@@ -462,6 +462,34 @@ def test_the_device_check_has_as_few_tokens_as_that_of_flux(tmp_path):
     assert found["pipeline"] < 1e-4  # both are guided
 
 
+@pytest.mark.parametrize("guidance", [4, 8])
+def test_the_rounding_of_a_guided_teacher_passes_the_device_check(tmp_path, guidance):
+    """An H200 refused the tiny klein in bfloat16, for true guidance multiplies rounding."""
+    setup = prepared(tmp_path / "out", *FLAGS, "--guidance", guidance, dtype=torch.bfloat16)
+    lora = new_lora(setup)
+    assert lora.net.dtype == torch.bfloat16
+    found = fd.check_device(setup.settings, setup.cache, lora)  # ends the run otherwise
+    assert found["pipeline"] > 1e-3  # it does round
+
+
+def test_the_device_check_finds_a_pipeline_with_another_guidance(setup, monkeypatch):
+    """Or one that leaves it out: by a third of the result or more, on this model."""
+    sample = fd.Flux2.sample
+
+    def without_guidance(family, pipe, steps, guided, noise, **cond):
+        return sample(family, pipe, steps, False, noise, **cond)
+
+    def with_more_guidance(family, pipe, steps, guided, noise, **cond):
+        return sample(
+            family, pipe, steps, guided, noise, **cond | {"guidance": cond["guidance"] + 1}
+        )
+
+    for wrong in (without_guidance, with_more_guidance):
+        monkeypatch.setattr(fd.Flux2, "sample", wrong)
+        found = fd.device_errors(setup.settings, setup.cache, new_lora(setup))
+        assert found["pipeline"] > 2 * fd.CHECKS["pipeline"].bound
+
+
 def test_calls_are_counted_as_they_are_made(finished, setup):
     """Rows of the transformer; a backward pass is two more, which no call shows."""
     settings = setup.settings

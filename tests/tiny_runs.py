@@ -34,9 +34,10 @@ def parsed(out: Path, *more) -> fd.Settings:
     return fd.parse([*SMALL.split(), "--out", str(out), *map(str, more)])
 
 
-def prepared(out: Path, *more) -> SimpleNamespace:
-    """All that the phases need, with the cache filled."""
+def prepared(out: Path, *more, dtype: torch.dtype | None = None) -> SimpleNamespace:
+    """All that the phases need, with the cache filled; dtype: of the networks, else the machine's."""
     settings, machine = parsed(out, *more), fd.Machine()
+    machine.dtype = dtype or machine.dtype
     settings, found, cache = fd.prepare(settings, machine)
     fd.fill_cache(settings, cache)
     costs = fd.Costs(found.out / "costs.json", machine)
