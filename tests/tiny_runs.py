@@ -35,7 +35,7 @@ def parsed(out: Path, *more) -> fd.Settings:
 
 
 def prepared(out: Path, *more, dtype: torch.dtype | None = None) -> SimpleNamespace:
-    """All that the phases need, with the cache filled; dtype: of the networks, else the machine's."""
+    """All that the phases need, with the cache filled. dtype: of networks; None: the machine's."""
     settings, machine = parsed(out, *more), fd.Machine()
     machine.dtype = dtype or machine.dtype
     settings, found, cache = fd.prepare(settings, machine)

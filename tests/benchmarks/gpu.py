@@ -26,6 +26,7 @@ kept unless --results names a file.
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -391,6 +392,9 @@ def about_run(part: str, found: dict) -> list[str]:
         lines.append([name, f"{phase['seconds']:.0f}", memory])
     lines.append(["the whole process", f"{found['seconds']:.0f}", ""])
     lines = common.table([f"{part}, phase", "seconds", "peak GiB"], lines)
+    for told in found["told"]:
+        (seconds,) = re.findall(r"[\d.e-]+ s per iteration", told)
+        lines.append(f"{part}: {seconds}")
     if part in ("full", "klein"):  # of random weights
         return lines
     ends = {(row["sampler"], row["steps"]): row["rmse"] for row in found["table"]}

@@ -318,7 +318,10 @@ def made_on(rows: list[common.Row]) -> list[str]:
 
 
 def tables_of_steps(rows: list[common.Row]) -> list[str]:
-    """Of rows in any order; those that found something else are left out."""
+    """Of rows in their order; those that found something else are left out.
+
+    A rate is compared with that of the last matrix product before it.
+    """
     lines = []
     configs = [row.settings["config"] for row in rows if "config" in row.settings]
     for config in dict.fromkeys(configs):
@@ -334,9 +337,9 @@ def tables_of_steps(rows: list[common.Row]) -> list[str]:
             size = f"{row.settings['pixels']} px, 3 steps, the latents of one image"
             lines.append(f"{size}: {found['sampling']:.2f} s")
         elif "step" in found or "note" in found:
-            timed.append(row)
+            timed.append(cells_of(row, peak))
     if timed:
-        lines += common.table(HEAD, [cells_of(row, peak) for row in timed])
+        lines += common.table(HEAD, timed)
     for row in rows:
         if "kinds" in row.found:
             lines += table_of_kinds(row)
