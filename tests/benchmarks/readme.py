@@ -5,6 +5,7 @@ its median time. One task at a time has the whole machine: leave --jobs at 1.
 """
 
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import baselines
 import common
 import fewshot
 import flux
+import speed
 
 import toy_2d
 
@@ -140,18 +142,20 @@ def few_pairs() -> str:
     return f"{few.mean() / whole.mean():.2f} on the tiny Flux"
 
 
-def step_of(flags: str) -> dict:
-    """What gpu.py found of a training iteration of eight rows."""
-    return common.where(results("gpu"), "steps", flags=flags)[0].found
+def step_of(flags: str) -> tuple[dict, float]:
+    """What gpu.py found of a training iteration of eight rows, and its card's matmul rate."""
+    for row, peak in speed.with_peaks(results("gpu")):
+        if row.part == "steps" and row.settings.get("flags") == flags:
+            return row.found, peak
+    raise LookupError(f"no step was measured with {flags}")
 
 
 def cost_of(flags: str) -> str:
     """A line of the table of costs."""
-    found = step_of(flags)
+    found, peak = step_of(flags)
     hours = 3000 * found["step"] / 3600
     shown = flags.replace("--recompute-every 1", "").strip()
-    (matmul,) = (row.found for row in results("gpu") if "matmul_tflops" in row.found)
-    cells = [f"{found['step']:.2f} s", f"{100 * found['tflops'] / matmul['matmul_tflops']:.0f} %"]
+    cells = [f"{found['step']:.2f} s", f"{100 * found['tflops'] / peak:.0f} %"]
     cells += [f"{found['gib']:.1f} GiB", f"{hours:.1f} h"]
     return f"| {f'`{shown}`' if shown else 'default'} | {' | '.join(cells)} |"
 
@@ -193,37 +197,58 @@ def for_steps() -> str:
     return f"tiny Flux, N = 1, 2, 4, 8: error {', '.join(others)}, {last} of the teacher's in N"
 
 
-def of_klein() -> str:
-    """How far the student of the tiny klein ends, and how often it shows its caption."""
-    rows = common.where(results("klein"), "klein")
+def of_klein(part: str) -> tuple[str, list[str]]:
+    """A klein's distance in 3 steps over its teacher's, and how often captions are shown by:
+
+    the student in 3 steps; the teacher in 3, in 8, and without guidance.
+    """
+    rows = common.where(results("klein"), part)
     student, teacher = (
         common.column(rows, "distance", sampler, 3) for sampler in ("student, scaled", "teacher")
     )
     ratio = common.ratio_text(student, teacher).split()[0]
-    ours, eight, three, plain = (
-        f"{common.column(rows, 'shown', name).mean():.0%}".replace("%", " %")
-        for name in (
-            "student, 3 steps",
-            "teacher, 8 steps",
-            "teacher, 3 steps",
-            "teacher without guidance",
-        )
+    samplers = (
+        "student, 3 steps",
+        "teacher, 3 steps",
+        "teacher, 8 steps",
+        "teacher without guidance",
     )
-    return (
+    seen = (common.column(rows, "shown", name).mean() for name in samplers)
+    return ratio, [f"{100 * fraction:.0f} %" for fraction in seen]
+
+
+def of_kleins() -> str:
+    """How far the students of both kleins end, and how often they show their captions."""
+    ratio, (ours, three, eight, plain) = of_klein("klein")
+    tiny = (
         f"On `tests/tiny_klein` its 3 steps end {ratio} times as far from the teacher's 32 as the"
         f" teacher's 3 do, but fewer images match their caption: {ours} (teacher, 3 steps: {three},"
         f" 8: {eight}; unguided: {plain})."
     )
+    ratio, (ours, three, eight, plain) = of_klein("medium")
+    medium = f"With ten times the parameters: {ratio} times; {ours} ({three}, {eight}; {plain})."
+    return f"{tiny} {medium}"
+
+
+def klein_on_a_card() -> tuple[float, float]:
+    """Seconds of an iteration, and peak GiB, of gpu.py's part "klein"."""
+    found = common.where(results("gpu"), "klein")[-1].found
+    (told,) = found["told"]
+    (seconds,) = re.findall(r"(\S+) s per iteration", told)
+    return float(seconds), found["phases"]["train"]["peak_gib"]
 
 
 def quotations() -> list[str]:
     """The README's passages with numbers in them, made from the results of all scripts."""
-    hours = 3000 * step_of("--recompute-every 1")["step"] / 3600
+    hours = 3000 * step_of("--recompute-every 1")[0]["step"] / 3600
+    klein_seconds, klein_gib = klein_on_a_card()
     toy_seconds = statistics.median(found_by("toy")["seconds"])
     few_steps = on_all_flows("student", 3)
     return [
         f"in {toy_seconds:.0f} s on two cores",
         f"some {hours:.1f} h of training on an H200",
+        f"some {3000 * klein_seconds / 3600:.1f} h on an H200, {klein_gib:.1f} GiB",
+        f"an iteration of the 4B size (batch 8) took {klein_seconds} s and {klein_gib:.1f} GiB",
         f"{few_shot()}; {few_pairs()}",
         printed("toy", "Euler steps", "  matched, scaled"),
         printed("toy", "calibrated scale", "calibrated scale"),
@@ -236,7 +261,7 @@ def quotations() -> list[str]:
         *(to_direct(*place) for place in product(("full budget", "a tenth"), baselines.SHIFTS)),
         f"down to 3 steps: {to_progressive()} on the four flows",
         for_steps(),
-        of_klein(),
+        of_kleins(),
     ]  # fmt: skip
 
 

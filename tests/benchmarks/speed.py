@@ -318,20 +318,15 @@ def made_on(rows: list[common.Row]) -> list[str]:
 
 
 def tables_of_steps(rows: list[common.Row]) -> list[str]:
-    """Of rows in their order; those that found something else are left out.
-
-    A rate is compared with that of the last matrix product before it.
-    """
+    """Of rows in their order; those that found something else are left out."""
     lines = []
     configs = [row.settings["config"] for row in rows if "config" in row.settings]
     for config in dict.fromkeys(configs):
         lines.append(f"{config}: {parameters(CONFIGS[config]) / 1e6:.0f} million parameters")
-    peak = None
     timed = []
-    for row in rows:
+    for row, peak in with_peaks(rows):
         found = row.found
         if "matmul_tflops" in found:
-            peak = found["matmul_tflops"]
             lines.append(f"bfloat16 matrix product: {peak:.0f} TFLOP/s")
         elif "sampling" in found:
             size = f"{row.settings['pixels']} px, 3 steps, the latents of one image"
@@ -344,6 +339,16 @@ def tables_of_steps(rows: list[common.Row]) -> list[str]:
         if "kinds" in row.found:
             lines += table_of_kinds(row)
     return lines
+
+
+def with_peaks(rows: list[common.Row]) -> list[tuple[common.Row, float | None]]:
+    """Each row with the TFLOP/s of the last matrix product before it: that of the same card."""
+    peak = None
+    pairs = []
+    for row in rows:
+        peak = row.found.get("matmul_tflops", peak)
+        pairs.append((row, peak))
+    return pairs
 
 
 def table_of_kinds(row: common.Row) -> list[str]:
@@ -363,7 +368,7 @@ def parameters(config: dict) -> int:
 
 
 def cells_of(row: common.Row, peak: float | None) -> list[str]:
-    """A line of the table. peak: TFLOP/s of a large matrix product, if that was measured."""
+    """A line of the table. peak: see `with_peaks`."""
     found = row.found
     cells = [str(row.settings[name]) for name in ("pixels", "batch", "flags")]
     if "note" in found:
