@@ -318,10 +318,10 @@ def update_ema(ema: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -
 #
 # The student has no step size among its inputs, so it can't be right for every window that starts
 # at t. Follow the teacher from x_t to the data, and let v_T(t - l) be its velocity there a time
-# l >= 0 ahead. If every target is resolved into what it is made of, the student regresses on an
-# average of these velocities. To first order in l such an average is v_T(t - L), where L is the
-# mean of l: call it the *look-ahead* L(t), a time. An Euler step needs the mean velocity over the
-# step: a look-ahead of half the step.
+# l >= 0 ahead. A target averages velocities of the teacher and of EMAs, and an EMA has itself been
+# fitted to such targets. Substituted again and again, only an average of the v_T(t - l) is left. To
+# first order in l it is v_T(t - L), where L is the mean of l: call it the *look-ahead* L(t), a
+# time. An Euler step needs the mean velocity over the step: a look-ahead of half the step.
 #
 # In a target the first velocity has the weight w = (t - t_mid) / (t - t_end), the second 1 - w. Let
 # L_1 be the look-ahead of the first at t, and L_2 that of the second at t_mid. (x_mid misses the
@@ -414,10 +414,10 @@ def matched_windows(
     `matched`): its velocity is the mean over that part, so L_1 = (t - t_mid) / 2. The second is
     that of the student's EMA, L_2 = L*(t_mid). (A) with L = L* gives the weight
         w = [t - t_mid + L*(t_mid) - L*(t)] / [t - t_mid + L*(t_mid) - L_1]                      (C)
-    and t_end = t - (t - t_mid) / w. Unless it is for fusion, w = 1 where t_mid = 0: the target is
-    the teacher's alone, and from there L = L* spreads to larger t. With teacher_part = 1 it is so
-    everywhere; the smaller it is, the more the student learns from its own EMA. The default was
-    tuned.
+    and t_end = t - (t - t_mid) / w. By (A), an error of L at t_mid enters L(t) times 1 - w < 1.
+    Without `fuse`, w = 1 where t_mid = 0: there the target is the teacher's alone, and from there
+    L = L* spreads to larger t. With teacher_part = 1 it is so everywhere; the smaller it is, the
+    more the student learns from its own EMA. The default was tuned.
     """
     _require(batch >= 1, f"batch={batch} must be >= 1")
     rand = _uniform(generator)
@@ -426,9 +426,9 @@ def matched_windows(
     t = shift_time(1 - rand(batch), shift)
     if fuse:
         # The first velocity will be noise - x_0. Its mean at x_t is the flow's velocity there, so
-        # L_1 = 0. But each of these steps leads straight off the flow, and what the EMA says at
-        # its end is right on average only to first order in t - t_mid. So the first step is made
-        # shorter, by a factor that was not tuned.
+        # L_1 = 0. But x_mid is then the interpolated state at t_mid, which scatters about the
+        # flow's path from x_t, and the mean of the EMA's velocity over it is right only to first
+        # order in t - t_mid. So the first step is made shorter, by a factor of 1/4, not tuned.
         t_mid = config.after(t, config.teacher_part / 4)
         first_lookahead = torch.zeros_like(t)
     else:
@@ -534,8 +534,8 @@ def optimal_scale(student: Velocity, path: TeacherPath, **cond: Tensor) -> Tenso
     """Scale lam of the student's change that fits the teacher's mean velocities best; a scalar ().
 
     With v_S the student's velocity and v_T the teacher's, v_T + lam (v_S - v_T) is, to first order,
-    the velocity of the teacher's weights plus lam times the student's change of them: of a LoRA at
-    scale lam. Least squares over the N steps and all rows:
+    that of a network with weights theta* + lam (theta - theta*): of a LoRA at scale lam. Least
+    squares over the N steps and all rows:
     lam* = sum <v_S - v_T, mean - v_T> / sum |v_S - v_T|^2.
 
     lam* = 1: the student is matched to N steps. (More precisely 1 - 1 / substeps, for the mean over

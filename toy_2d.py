@@ -133,7 +133,7 @@ import shortcut as sc
 
 STEPS = (1, 2, 3, 4, 8, 16, 32)  # columns of the table
 FINE_STEPS = 64  # Euler steps of the teacher whose endpoints stand for the exact ones
-SCALES = (0.01, 10)  # limits of lam*, and of how far the search for the scale goes outwards from it
+SCALES = (0.01, 10)  # limits of the first guess at a scale; a search that is past them stops
 POINTS = 8_192  # generated samples in a measured energy distance; twice as many of the data
 UNIT = 1e-4  # of energy distances in table, figures and results.json
 UNIT_TEXT = "x 1e-4"
@@ -178,9 +178,9 @@ def run(settings: Settings) -> None:
     if settings.fusion:
         base_name = "flow matching"
         iterations = 2 * settings.iterations
-        # Counting a backward pass as two network calls, a row of plain flow matching takes 3, one
-        # of the others about 4. With twice their iterations it gets 1.4 to 1.5 times their calls,
-        # so that the comparison does not favour them.
+        # Network calls for a row of a batch (a backward pass counts as two): 3 in plain flow
+        # matching, about 4 in the few-step networks. In twice their iterations plain flow matching
+        # makes 1.4 to 1.5 times their calls, so that the comparison does not favour them.
         base = train_teacher(data, 2 * iterations, settings.seed)
         train_student = partial(fuse, data)
     else:
@@ -191,6 +191,7 @@ def run(settings: Settings) -> None:
         student_data = draw_from(data(few, generator)) if few else data
         train_student = partial(distil, base, student_data)
     configs = {
+        # except for our shift (the paper's: 2.5 to 4.5) and EMA warm-up (see `Recipe`)
         "SCFM as published": sc.ShortcutConfig(shift_range=(shift, shift)),
         "matched": sc.MatchedConfig(N, shift_range=(shift, shift)),
     }
@@ -403,8 +404,7 @@ def fuse(
 ) -> dict[int, nn.Module]:
     """Train a few-step network from scratch; otherwise as `distil`.
 
-    decay: of the EMA. The config's slow_decay is not used, for a slow EMA would keep the random
-    weights of the start for long.
+    decay: of the EMA, in place of the config's decays: 0.99, which is fast_decay by default.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -553,7 +553,7 @@ def calibrate(base: nn.Module, student: nn.Module, noise: Tensor, steps: int, sh
 
     ratio = 1.6**0.1  # of neighbouring scales
     distances = {scale: distance(scale) for scale in np.geomspace(lam / 1.6, lam * 1.6, 21)}
-    for outermost, factor in ((min, 1 / ratio), (max, ratio)):  # of the scales
+    for outermost, factor in ((min, 1 / ratio), (max, ratio)):  # smallest, then largest scale
         scale = outermost(distances)
         while scale == min(distances, key=distances.get) and SCALES[0] < scale < SCALES[1]:
             scale = scale * factor
