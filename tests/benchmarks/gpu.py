@@ -10,8 +10,8 @@ and leaves that in the file of results even if the machine goes away during a la
                    sampling in 3 steps
     full           flux_distill.py on a whole pipeline of that configuration (34 GB, in a RAM disk
                    where there is room): seconds and peak memory of each phase
-    klein          the same on a pipeline of FLUX.2-klein-base-4B's configuration (16 GB), at the
-                   size and batch that README has for a card of 24 GB
+    klein          the same on a pipeline of FLUX.2-klein-base-4B's configuration (16 GB), at 512 px
+                   and the default batch
     demonstration  the tiny Flux distilled in bfloat16, as in the README
     profile        kernels of a training step by their kind, eager and compiled
     medium         a tiny Flux of 64 x 64 images and 20 to 40 million parameters, made and distilled
