@@ -157,8 +157,9 @@ class Settings:
     steps: tuple[int, ...] = flag((2, 3, 4, 6, 8), type=COUNT, nargs="+", metavar="N",
         text="numbers of steps to validate, calibrate and compare, besides --student-steps")
 
-    iterations: int = flag(3000, weights=True, type=COUNT, group="training",
-        text="training iterations, an optimizer step each")
+    iterations: int = flag(3000, type=COUNT, group="training",
+        text="training iterations, an optimizer step each. Repeat a command with more of them to"
+        " train on, with fewer to end with what there is")
     batch: int = flag(8, weights=True, sampling=True, type=COUNT,
         text="pairs per forward pass and process")
     accumulate: int = flag(1, type=COUNT, metavar="K",
@@ -485,7 +486,7 @@ def make_lora(settings: Settings, cache: Cache, run: Run, costs: Costs) -> None:
     On return the memory of training is freed, but for the network: the comparison loads it again.
     """
     machine = cache.machine
-    if not machine.lead and read_metadata(run.state).get("done"):
+    if not machine.lead and is_done(settings, read_metadata(run.state).get("rows", [])):
         return
     with costs.phase("train", resumes=run.state.exists()):
         validation, state = train_student(settings, cache, run, costs)
@@ -504,8 +505,17 @@ def prepare(settings: Settings, machine: Machine) -> tuple[Settings, Run, Cache]
     settings = settings.with_defaults(model.family.defaults)
     refuse_untrained(settings, model.family)
     check_memory(settings, model)
+    # Read already here, so that mistakes are named before gigabytes are downloaded.
+    read_prompts(settings.prompts, settings.held_out, not settings.images)
+    if settings.images:
+        list_images(settings.images)
     model.download()
     data = read_data(settings, model)
+    if machine.lead:
+        print(
+            f"{counted(data.pairs, 'image')} to train on; held-out prompts: {len(data.validation)}"
+            f" to validate on, {len(data.comparison)} to compare on"
+        )
     run = identify(settings, model, data)
     refuse_another_run(run)
     return settings, run, Cache(settings, model, data)
@@ -566,7 +576,7 @@ class Run:
 OTHER = {  # message for a setting that differs
     "version": "another version of this program",
     "model": "another model",
-    "data": "other training data",
+    "data": "other training data: see --images, --prompts, --held-out, --limit, --teacher-steps",
     "held_out": "other held-out prompts",
     "passes": "--accumulate x processes {found}, now {now}",
 }
@@ -584,9 +594,10 @@ def identify(settings: Settings, model: Model, data: Data) -> Run:
     if model.family.true_guidance:  # then the student learns this one
         identity["guidance"] = settings.guidance
     if settings.stop_when_matched:  # then these decide when training ends
-        identity |= sampling | {"validate_every": settings.validate_every}
+        validated = {name: getattr(settings, name) for name in ("validate_every", "iterations")}
+        identity |= sampling | validated
     identity = json.loads(json.dumps(identity))  # as it will be read from a file
-    key = digest([identity, sampling, settings.all_steps])
+    key = digest([identity, sampling, settings.iterations, settings.all_steps])
     return Run(settings.out, model.base_model, identity, key)
 
 
@@ -605,7 +616,7 @@ def refuse_another_run(run: Run) -> None:
         if others:
             die(
                 f"--out {run.out} holds a run with other settings ({'; '.join(others)}): repeat"
-                " them, give another --out, or delete it"
+                " them, or give another --out"
             )
 
 
@@ -1662,6 +1673,7 @@ def restore(settings: Settings, cache: Cache, run: Run) -> tuple[LoRA, TrainStat
     state = TrainState(lora.loaded_weights(), config_of(settings))
     if run.state.exists():
         state.load(run.state)
+        state.done = is_done(settings, state.rows)
     elif run.lora.exists():
         die(
             f"{run.lora} is finished and is left alone; to calibrate or compare it again,"
@@ -1739,7 +1751,6 @@ class TrainState:
         metadata = {
             "settings": run.identity,
             "rows": self.rows,
-            "done": self.done,
             "checks": self.checks,
         }
         write_tensors(run.state, self.weights | moments, metadata)
@@ -1752,7 +1763,6 @@ class TrainState:
         for name, weights in self.weights.items():
             weights.copy_(saved[name])
         self.rows = metadata["rows"]
-        self.done = metadata["done"]
         self.checks = metadata["checks"]
         # A copy: otherwise they would be the file itself, mapped into memory.
         moments = {name: saved[name].to(self.student.device, copy=True) for name in MOMENTS}
@@ -1897,7 +1907,7 @@ def watch(
                 words = forecast(settings, machine, validation, iteration, state.seconds)
                 tqdm.write(f"iteration {iteration}: {words}")
                 check_disk(run, state)
-            is_last = iteration == settings.iterations
+            is_last = iteration >= settings.iterations
             due = is_last or iteration % settings.validate_every == 0
             stop = machine.any(bool(asked))
             is_checkpoint = due or stop or iteration % settings.checkpoint_every == 0
@@ -1907,7 +1917,7 @@ def watch(
                 costs.save()
             if stop:
                 machine.wait()  # for the one that saves
-                die(f"stopped after iteration {iteration}; the same command resumes there")
+                die(f"stopped after iteration {iteration}; {how_to_go_on(settings, iteration)}")
             is_validated = "rmse" in state.rows[-1]
             if is_validated or not due:
                 continue
@@ -1947,9 +1957,23 @@ def validate(
         tqdm.write(f"iteration {iteration}: {words}")
     write_log(run.out, state.rows)
     draw_log(settings, run.out, state.rows)
-    is_matched = settings.stop_when_matched and has_matched(settings, state.rows)
-    state.done = iteration == settings.iterations or is_matched
+    state.done = is_done(settings, state.rows)
     return is_hopeless
+
+
+def is_done(settings: Settings, rows: list[dict]) -> bool:
+    """Whether training has ended after these rows of the log, its last validation included."""
+    if not rows or "rmse" not in rows[-1]:
+        return False
+    is_matched = settings.stop_when_matched and has_matched(settings, rows)
+    return len(rows) >= settings.iterations or is_matched
+
+
+def how_to_go_on(settings: Settings, iteration: int) -> str:
+    words = "the same command resumes there"
+    if settings.stop_when_matched or iteration >= settings.iterations:
+        return words
+    return f"{words}, with --iterations {iteration} it ends with what there is"
 
 
 def has_matched(settings: Settings, rows: list[dict]) -> bool:
@@ -2407,6 +2431,9 @@ def render(settings: Settings, machine: Machine) -> None:
         die(other_model)
     refuse_untrained(settings, family)
     refuse_unscaled(settings, family, adapter)
+    if settings.resolution != adapter["resolution"]:
+        trained = f"the LoRA was trained at {adapter['resolution']} px"
+        tqdm.write(f"{trained}: --resolution {settings.resolution} is untried", file=sys.stderr)
     model.download()
     if adapter["settings"]["model"] != model.fingerprint:
         die(other_model)
@@ -2668,8 +2695,6 @@ def read_images(
 
     To check them, those whose latents are not cached are opened, each by one process.
     """
-    if not folder.is_dir():
-        die(f"--images {folder} is no folder: give one with images, and captions in NAME.txt")
     pairs, skipped, notes = list_images(folder)
     mine = pairs[machine.process :: machine.processes]
     bar = machine.progress(mine, "check images", unit="image")
@@ -2706,6 +2731,8 @@ def list_images(folder: Path) -> tuple[list[tuple[Path, str]], list[str], list[s
 
     Hidden files are ignored, sub-folders are not searched.
     """
+    if not folder.is_dir():
+        die(f"--images {folder} is no folder: give one with images, and captions in NAME.txt")
     kinds = Image.registered_extensions()
     visible = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     folders = [path for path in visible if path.is_dir()]
@@ -2886,6 +2913,7 @@ Put `{comfyui_file}` into `models/loras`.
 | node | values |
 | --- | --- |
 | Load LoRA (`LoraLoaderModelOnly`: model only, not the Bypass variant) | strength {scale} |
+| the empty latent image | width and height {resolution}, as in training |
 | ModelSamplingAuraFlow | shift {shift:g} |
 {guidance_node}\
 | KSampler | steps {student_steps}, cfg 1, sampler euler, scheduler simple, denoise 1 |
@@ -3016,8 +3044,8 @@ def card_costs(results: dict) -> str:
     words.append(f"The median change of a layer's weights is {change:.2%} of their norm.")
     if change < FADES:
         words.append(
-            "If merged into bfloat16 weights, much of this change is lost to rounding: load the"
-            " file as a LoRA instead."
+            "Merged into bfloat16 weights, as ComfyUI's Load LoRA does, much of this change is lost"
+            " to rounding; in diffusers do not fuse it."
         )
     return "\n".join([as_table(rows), "", *words])
 
@@ -3402,7 +3430,8 @@ def interruptible():
 
     def ask(*_):
         asked.append(True)
-        os.write(2, b"\nstopping after this iteration\n")  # safe during any other writing
+        with suppress(OSError):  # a terminal that hung up
+            os.write(2, b"\nstopping after this iteration\n")  # safe during any other writing
 
     with on_stop(ask):
         yield asked

@@ -99,6 +99,7 @@ def test_every_number_of_the_text_is_the_runs_own(taught):
 def test_every_number_of_the_nodes_is_the_runs_own(taught):
     comfy = card(taught, **OTHER).split("## ComfyUI")[1].split("## ")[0]
     nodes = dict(line.strip("| ").split(" | ") for line in comfy.splitlines() if "|" in line)
+    assert nodes["the empty latent image"] == "width and height 640, as in training"
     assert nodes["ModelSamplingAuraFlow"] == "shift 2.7"
     assert nodes["FluxGuidance"] == "guidance 4.25"
     assert nodes["KSampler"] == "steps 5, cfg 1, sampler euler, scheduler simple, denoise 1"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import errors as hub
 from safetensors.torch import load_file, save_file
-from tiny_runs import TINY, copied, edited, fd, run, says
+from tiny_runs import TINY, copied, edited, fd, prepared, run, says
 
 # The real Flux, and its VAE.
 FLUX = {
@@ -165,6 +165,22 @@ def test_images_that_are_no_folder(tmp_path):
     says("--images nowhere is no folder", "--images", "nowhere", "--out", tmp_path)
 
 
+def test_mistakes_in_the_data_are_named_before_the_model_is_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(fd.Model, "download", lambda model: pytest.fail("gigabytes"))
+    (tmp_path / "options.txt").write_text("a fox --ar 16:9\n" * 9)
+    (tmp_path / "few.txt").write_text("a fox\n")
+    says("there is no such file", "--prompts", tmp_path / "none.txt", "--out", tmp_path / "out")
+    says("has the option --ar", "--prompts", tmp_path / "options.txt", "--out", tmp_path / "out")
+    says("needs 4: give", "--prompts", tmp_path / "few.txt", "--out", tmp_path / "out")
+    says("is no folder", "--images", tmp_path / "none", "--out", tmp_path / "out")
+
+
+def test_a_run_says_how_many_images_it_trains_on_and_is_judged_by(tmp_path, capsys):
+    prepared(tmp_path)
+    told = "6 images to train on; held-out prompts: 1 to validate on, 2 to compare on"
+    assert told in capsys.readouterr().out
+
+
 def test_a_disk_too_small_for_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setattr(fd.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     says("checkpoints need .* GB and --out .* free some space", "--out", tmp_path / "a")
@@ -184,7 +200,7 @@ def test_a_disk_that_is_full_leaves_no_half_checkpoint(tmp_path, monkeypatch):
     assert not list((tmp_path / "checkpoint").iterdir())
     monkeypatch.undo()
     run(tmp_path)
-    assert fd.read_metadata(tmp_path / fd.STATE)["done"]
+    assert len(fd.read_metadata(tmp_path / fd.STATE)["rows"]) == 4
 
 
 def http_error(kind: type, status: int) -> Exception:

@@ -189,7 +189,9 @@ def refusal(out: Path, first: list, then: list) -> str:
 
 def test_a_run_on_other_data_is_named_in_words(tmp_path):
     """In none of these three are there digests, which say nothing."""
-    assert refusal(tmp_path / "out", [], ["--limit", 5]) == "other training data"
+    said = refusal(tmp_path / "out", [], ["--limit", 5])
+    assert said.startswith("other training data: see --images, ")
+    assert "--limit" in said
 
 
 def test_a_run_of_another_model_is_named_in_words(tmp_path):
@@ -371,6 +373,17 @@ def test_sample_gives_long_prompts_names_that_file_systems_take(done, tmp_path, 
     (path,) = (out / "samples").iterdir()
     assert len(path.name.encode()) + len(".part-10-") <= 255
     assert prompt[:30] in path.name
+
+
+@pytest.mark.parametrize("resolution", [32, 64])
+def test_sample_says_if_the_lora_was_trained_at_another_resolution(
+    done, tmp_path, resolution, capsys
+):
+    out = copied(done, tmp_path / "out")
+    flags = ["--out", str(out), "--resolution", str(resolution)]
+    fd.main(["--model", str(TINY), *flags, "--sample", "a red ring"])
+    told = "the LoRA was trained at 32 px: --resolution 64 is untried"
+    assert (told in capsys.readouterr().err) == (resolution == 64)
 
 
 # ------------------------------------------------------------------------------------------- memory

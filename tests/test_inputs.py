@@ -398,7 +398,8 @@ def test_images_whose_captions_are_held_out_are_counted(tmp_path, capsys, last, 
     data = fd.prepare(parsed(tmp_path / "out", *flags), fd.Machine())[2].data
     kept = [f"{i}.png" for i in range(3) if f"a red circle {i}" not in last.lower()]
     assert [file_of(pair).name for pair in data.pairs] == kept
-    assert capsys.readouterr().out == said
+    told = f"{fd.counted(kept, 'image')} to train on; held-out prompts: 1 to validate on, 1 to"
+    assert capsys.readouterr().out == f"{said}{told} compare on\n"
 
 
 def test_too_few_built_in_prompts_are_called_so():

@@ -75,7 +75,6 @@ OTHERS = {
     "1.5": "is (1 - 0.4) / 0.4, and",
     "0.146": "is the mean stride",
     "3.5": "guidance",
-    "1.6": "scale of the authors' demonstration",
     "3.11": "versions:",
     "3.13": "",
     "2.11": "",

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from faults import before_network_calls
+from safetensors.torch import load_file
 from tiny_runs import content, copied, fd, run, same_run, says
 
 STOPPED = "stopped; what is in --out .* is kept, and the same command resumes"
@@ -54,6 +55,57 @@ def test_a_stop_during_an_iteration_stops_after_it(done, tmp_path, last):
         run(out)
     assert iterations == [1, 2, 3, 4]
     assert same_run(out, done)
+
+
+def test_a_stopped_run_can_end_with_what_there_is(done, tmp_path):
+    """As if no more had been asked for; with more iterations it then trains on, as if it never had
+    ended."""
+    out = tmp_path / "out"
+
+    def stop_in_the_third():
+        if torch.is_grad_enabled():
+            stop_in_the_third.calls += 1
+            if stop_in_the_third.calls == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    stop_in_the_third.calls = 0
+    with before_network_calls(stop_in_the_third):
+        says("stopped after iteration 3; .*, with --iterations 3 it ends", "--out", out)
+    run(out, "--iterations", 1)
+    run(tmp_path / "three", "--iterations", 3)
+    tensors = [load_file(folder / fd.LORA) for folder in (out, tmp_path / "three")]
+    torch.testing.assert_close(*tensors, rtol=0, atol=0)
+    assert fd.read_metadata(out / fd.LORA)["iterations"] == 3
+    assert "after 3 iterations" in (out / "README.md").read_text()
+
+    run(out)
+    tensors = [load_file(folder / fd.LORA) for folder in (out, done)]
+    torch.testing.assert_close(*tensors, rtol=0, atol=0)
+    assert fd.read_metadata(out / fd.LORA)["iterations"] == 4
+    assert fd.read_metadata(out / fd.LORA)["scales"] == fd.read_metadata(done / fd.LORA)["scales"]
+
+
+def test_a_run_that_stops_when_matched_keeps_its_iterations(tmp_path):
+    """They decide which validations it compares."""
+    matched = ("--out", tmp_path, "--stop-when-matched", "--validate-every", 1)
+    run(tmp_path, *matched, "--iterations", 2)
+    says("--iterations 2, now 3", *matched, "--iterations", 3)
+
+
+def test_a_hang_up_of_the_terminal_ends_after_the_iteration_too():
+    """Then nothing can be written to it any more."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    stderr = os.dup(2)
+    os.dup2(writing, 2)
+    try:
+        with fd.interruptible() as asked:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert asked == [True]
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(writing)
 
 
 def test_a_stop_during_a_validation_ends_at_once(done, tmp_path, monkeypatch):
