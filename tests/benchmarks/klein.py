@@ -14,10 +14,11 @@ shows them visibly less often.
 
 "blocks" has a LoRA on the layers inside the blocks alone, without the modulation by which blocks
 know the time. "four held out" trains on all captions but 4, not but 12; it is judged on 3 of these,
-and so is its teacher. "longer" trains for 1,000 iterations instead of 200. "guidance 5.5" has that
-guidance, student and teacher, instead of 4. "oracle" asks how near any such student can come: the
-same LoRA, regressed on exact mean velocities at the sampler's own times, without bootstrapping and
-EMA, as in oracle.py, but on 3,200 paths in 1,200 iterations.
+and so is its teacher. "longer" and "longest" train for 1,000 and 3,000 iterations instead of 200,
+and "longest" is also judged on 252 images of the 18 captions that it was trained on.
+"guidance 5.5" has that guidance, student and teacher, instead of 4. "oracle" asks how near any such
+student can come: the same LoRA, regressed on exact mean velocities at the sampler's own times,
+without bootstrapping and EMA, as in oracle.py, but on 3,200 paths in 1,200 iterations.
 
 "medium", measured if asked for, does the same with a transformer of 11 million parameters instead
 of one. Made by make_tiny_klein.py --size medium --out DIR, and given as MEDIUM_KLEIN=DIR; a GPU is
@@ -26,6 +27,7 @@ used where there is one.
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import common
@@ -36,7 +38,6 @@ import torch
 from common_flux import TinyFlux
 from torch import Tensor
 
-import flux_distill as fd
 import shortcut as sc
 
 KLEIN = common.ROOT / "tests" / "tiny_klein"
@@ -47,6 +48,7 @@ OTHERS = {  # settings of other students, by their part; and in words
     "blocks": ({"layers": "blocks"}, "LoRA inside the blocks"),
     "four held out": ({"held_out": 4}, "4 captions held out"),
     "longer": ({"iterations": 1000}, "1,000 iterations"),
+    "longest": ({"iterations": 3000, "trained": True}, "3,000 iterations"),
     "guidance 5.5": ({"guidance": 5.5}, "guidance 5.5"),
 }
 STEPS = (2, 3, 4, 6, 8)
@@ -64,8 +66,12 @@ def measure(
     guidance: float = GUIDANCE,
     batch: int = common_flux.BATCH,
     model: str = "tiny",
+    trained: bool = False,
 ) -> dict:
-    """Distances and scales of a run, and how often its captions are seen."""
+    """Distances and scales of a run, and how often its captions are seen.
+
+    trained: seen on those that it was trained on, too.
+    """
     folder_of_model = os.environ["MEDIUM_KLEIN"] if model == "medium" else KLEIN
     with tempfile.TemporaryDirectory() as folder:
         flags = (*FLAGS, "--guidance", guidance, "--layers", layers, "--held-out", held_out)
@@ -76,22 +82,33 @@ def measure(
         for row in results["table"]:
             found["distance"].setdefault(row["sampler"], {})[row["steps"]] = row["rmse"]
         found["seed to seed"] = results["seed_to_seed"]
-        found["shown"] = shown(settings, results, NOISES if length == 1 else 2, length)
+        world = TinyFlux(settings)
+        noises = NOISES if length == 1 else 2
+        judge = Judge(world, noises, length, world.data.comparison)
+        found["shown"] = shown(world, results, judge)
+        if trained:
+            texts = sorted({pair.text for pair in world.data.pairs})
+            noises = max(1, noises * len(world.data.comparison) // len(texts))
+            judge = Judge(world, noises, length, texts)
+            found["shown, trained"] = shown(world, results, judge)
     return found
 
 
 class Judge:
-    """Measures how often a sampler's images show their caption, on those of the comparison."""
+    """Measures how often a sampler's images show their caption.
+
+    texts: places of the captions, each with so many noises.
+    """
 
     @torch.no_grad()
-    def __init__(self, world: TinyFlux, noises: int, length: float):
+    def __init__(self, world: TinyFlux, noises: int, length: float, texts: Sequence[int]):
         self.world = world
         self.network = common_flux.train_judge(common.shortened(500, length))
-        texts = world.data.texts
-        rows = [(i, k) for k in range(noises) for i in world.data.comparison]
+        rows = [(i, k) for k in range(noises) for i in texts]
         self.cond = world.cache.conditions([i for i, _ in rows], world.settings.guidance)
         self.noise = world.cache.noise([("shown", *row) for row in rows])
-        self.captions = torch.tensor([tiny.CAPTIONS.index(texts[i]) for i, _ in rows])
+        captions = [world.data.texts[i] for i, _ in rows]
+        self.captions = torch.tensor([tiny.CAPTIONS.index(caption) for caption in captions])
 
     @torch.no_grad()
     def seen(self, velocity: sc.Velocity, steps: int) -> float:
@@ -102,10 +119,9 @@ class Judge:
         return common_flux.look(self.network, images, self.captions)["shown"]
 
 
-def shown(settings: fd.Settings, results: dict, noises: int, length: float) -> dict[str, float]:
-    """Fraction of the images that show their caption, by sampler."""
-    world = TinyFlux(settings)
-    judge = Judge(world, noises, length)
+def shown(world: TinyFlux, results: dict, judge: Judge) -> dict[str, float]:
+    """Fraction of the images that show their caption, by sampler, after a run."""
+    settings = world.settings
     N = settings.student_steps
     scale = results["adapter"]["scales"][str(N)]
     weights = world.saved_weights()
@@ -126,7 +142,7 @@ def measure_oracle(captions: str, seed: int, length: float) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         settings = common_flux.demonstration(Path(folder), seed, *FLAGS, length=length)
         world = TinyFlux(settings)
-        judge = Judge(world, NOISES if length == 1 else 2, length)
+        judge = Judge(world, NOISES if length == 1 else 2, length, world.data.comparison)
         texts = oracle.places(world, captions)
         bank = oracle.Bank(world, texts, common.shortened(PATHS, length))
         weights = world.lora.loaded_weights()
@@ -204,12 +220,18 @@ def table_of_others(rows: list[common.Row]) -> list[str]:
             seen = common.column(some, "shown", "student, 3 steps")
             teacher = common.column(some, "shown", "teacher, 8 steps")
             texts = [common.mean_text(values) for values in (distance, seen, teacher)]
+            for sampler in ("student, 3 steps", "teacher, 8 steps"):
+                on_trained = [row for row in some if "shown, trained" in row.found]
+                values = common.column(on_trained, "shown, trained", sampler)
+                texts.append(common.mean_text(values))
             cells.append([name, len(some), *texts])
     for captions, some in common.grouped(common.where(rows, "oracle"), "captions").items():
         found = [common.mean_text(common.column(some, name)) for name in ("distance", "shown")]
-        cells.append([f"exact targets; captions: {captions}", len(some), *found, ""])
-    head = ["other students", "seeds", "distance in 3 steps", "captions shown"]
-    return common.table([*head, "by the guided teacher in 8"], cells) if cells else []
+        cells.append([f"exact targets; captions: {captions}", len(some), *found, "", "", ""])
+    head = ["other students", "seeds", "distance in 3 steps"]
+    for which in ("captions shown", "trained captions shown"):
+        head += [which, "by the guided teacher in 8"]
+    return common.table(head, cells) if cells else []
 
 
 def claims(rows: list[common.Row]) -> list[str]:
