@@ -134,10 +134,11 @@ missed. A student on exact targets misses it too, by about half as much; one tha
 the captions on which it is judged seems to come near it, with a wide interval. So about half of
 what is missing is there on exact targets, too; the other half may be the method's or that of
 its shorter training. Fifteen times the iterations close about a third of the gap on average, with a
-wide interval; on the captions that it was trained on the student then comes within about a point of
-the guided teacher in 8 steps. So after long training most of what is missing is on captions that
-it has not seen. A higher guidance hardly helps, and holding out only four captions does not. The scale helps a little in 2 steps and slightly
-harms from 4 on; from 6 steps on the student is farther off than as many guided steps. The medium
+wide interval, which brings it near exact targets; on the captions that it was trained on it then
+comes within about a point of the guided teacher in 8 steps. So after long training most of what is
+missing is on captions that it has not seen. A higher guidance hardly helps, and holding out only
+four captions does not. The scale helps a little in 2 steps and slightly harms from 4 on; from 6
+steps on the student is farther off than as many guided steps. The medium
 klein, trained on a GPU in bfloat16, misses less than a third as much: in 3 plain calls it shows
 its captions as often as the guided teacher in 3 steps, or slightly more often. So a small network
 is a good part of why the bound is missed.""",
