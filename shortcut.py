@@ -38,7 +38,7 @@ net(x, t, **cond), the last two started as float32 copies of the student; x_0, n
     ...                                                             # backward and optimizer step
     update_ema(fast.parameters(), student.parameters(), config.fast_decay)
     update_ema(slow.parameters(), student.parameters(), config.slow_decay)
-and then, in few steps (section 5: in how many), with a shift out of config.shift_range
+and then, in few steps (section 5: in how many), with a shift within config.shift_range
     samples = euler_sample(student, noise, time_grid(N, shift), **cond)
 
 Sections 1 to 4 are the paper, with its equation and algorithm numbers. Section 5 is ours: what the
@@ -210,8 +210,8 @@ def dual(
 ) -> tuple[Velocity, Velocity]:
     """First and second velocity of Algorithm 2, the paper's final version.
 
-    Teacher rows: teacher, then slow. Self rows: fast, then slow. Which EMA comes first is the
-    paper's choice; for what is learned (section 5) both count as the student.
+    Teacher rows: teacher, then slow. Self rows: fast, then slow. That the fast EMA comes first is
+    the paper's choice.
     """
     _require_kind(windows, "distil")
     first = by_rows(windows.teacher_rows, teacher, fast)
@@ -319,9 +319,9 @@ def update_ema(ema: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -
 # The student has no step size among its inputs, so it can't be right for every window that starts
 # at t. Follow the teacher from x_t to the data, and let v_T(t - l) be its velocity there a time
 # l >= 0 ahead. A target averages velocities of the teacher and of EMAs, and an EMA has itself been
-# fitted to such targets. Substituted again and again, only an average of the v_T(t - l) is left. To
-# first order in l it is v_T(t - L), where L is the mean of l: call it the *look-ahead* L(t), a
-# time. An Euler step needs the mean velocity over the step: a look-ahead of half the step.
+# fitted to such targets. When they are substituted repeatedly, only an average of the v_T(t - l) is
+# left. To first order in l it is v_T(t - L), where L is the mean of l: call it the *look-ahead*
+# L(t), a time. An Euler step needs the mean velocity over the step: a look-ahead of half the step.
 #
 # In a target the first velocity has the weight w = (t - t_mid) / (t - t_end), the second 1 - w. Let
 # L_1 be the look-ahead of the first at t, and L_2 that of the second at t_mid. (x_mid misses the
@@ -366,7 +366,7 @@ class MatchedConfig:
     steps: int = 3  # N
     shift_range: tuple[float, float] = (2.5, 4.5)  # s ~ U[low, high], drawn per row
     slow_decay: float = 0.999  # of theta_slow, per optimizer step
-    teacher_part: float = 3 / 8  # of the sampler's step, in grid time: what the teacher covers
+    teacher_part: float = 3 / 8  # fraction of the sampler's step, in u, that the teacher covers
 
     def __post_init__(self):
         _require(self.steps >= 1, f"steps={self.steps} must be >= 1")

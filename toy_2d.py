@@ -133,7 +133,7 @@ import shortcut as sc
 
 STEPS = (1, 2, 3, 4, 8, 16, 32)  # columns of the table
 FINE_STEPS = 64  # Euler steps of the teacher whose endpoints stand for the exact ones
-SCALES = (0.01, 10)  # limits of the first guess at a scale; a search that is past them stops
+SCALES = (0.01, 10)  # a first guess at a scale is clamped to these; a search stops beyond them
 POINTS = 8_192  # generated samples in a measured energy distance; twice as many of the data
 UNIT = 1e-4  # of energy distances in table, figures and results.json
 UNIT_TEXT = "x 1e-4"
@@ -607,7 +607,7 @@ def table(energy: Table, rms: Table, scales: dict[int, float], floor: float) -> 
 
 @contextmanager
 def whole(path: Path):
-    """Yield a path to write to, which replaces `path` at the end: a full disk leaves no part."""
+    """Yield a path that replaces `path` at the end, so that a full disk leaves no partial file."""
     part = path.with_name(f".part-{path.name}")
     try:
         yield part
