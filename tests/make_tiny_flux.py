@@ -15,7 +15,7 @@ core. --size medium: 64 x 64 images, 256 tokens, 30 million parameters; meant fo
 import argparse
 import copy
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -98,7 +98,8 @@ SIZE = SIZES["tiny"].pixels
 TILES = 4  # along a side of an image
 TEXT_TOKENS = 8
 SHAPES = ("circle", "square", "triangle", "ring", "cross")
-COLORS = {
+Colors = Mapping[str, tuple[float, float, float]]  # red, green and blue, 0 to 1, by name
+COLORS: Colors = {
     "red": (0.90, 0.12, 0.12),
     "green": (0.10, 0.70, 0.25),
     "blue": (0.20, 0.40, 0.98),
@@ -106,8 +107,16 @@ COLORS = {
     "purple": (0.65, 0.20, 0.80),
     "white": (0.98, 0.98, 0.98),
 }
-CAPTIONS = [f"a {color} {shape}" for color, shape in product(COLORS, SHAPES)]
+
+
+def captions_of(colors: Iterable[str]) -> list[str]:
+    """Every shape in each of these colors."""
+    return [f"a {color} {shape}" for color, shape in product(colors, SHAPES)]
+
+
+CAPTIONS = captions_of(COLORS)
 EMPTY = len(CAPTIONS)  # the number of the empty caption
+PROMPTS = 300  # lines of prompts.txt
 DROPPED = 0.1  # fraction of captions that are replaced by the empty one
 PLAIN_GUIDANCE = 1.0  # at which guidance changes nothing
 MOST_GUIDANCE = 8.0
@@ -115,10 +124,15 @@ MOST_GUIDANCE = 8.0
 # ------------------------------------------------------------------------------------------- images
 
 
-def render(captions: Tensor, generator: torch.Generator, pixels: int = SIZE) -> Tensor:
-    """Images (B, 3, pixels, pixels) in [-1, 1] of captions (B,), by signed distances."""
+def render(
+    captions: Tensor, generator: torch.Generator, pixels: int = SIZE, colors: Colors = COLORS
+) -> Tensor:
+    """Images (B, 3, pixels, pixels) in [-1, 1] of captions (B,), by signed distances.
+
+    Captions are numbers in captions_of(colors).
+    """
     count = len(captions)
-    color = torch.tensor(list(COLORS.values()))[captions // len(SHAPES)]
+    color = torch.tensor(list(colors.values()))[captions // len(SHAPES)]
     ground = tiles(torch.rand(count, 1, TILES, TILES, generator=generator), pixels)
 
     line = (torch.arange(pixels) + 0.5) / pixels * 2 - 1
@@ -238,10 +252,11 @@ def train_vae(sizes: Sizes, generator: torch.Generator, device: str = "cpu") -> 
     return vae
 
 
-def refine_decoder(vae: AutoencoderKL, sizes: Sizes) -> None:
+def refine_decoder(vae: AutoencoderKL, sizes: Sizes, colors: Colors = COLORS) -> None:
     """More training for the decoder alone: the latents stay as the transformer knows them."""
     weights = vae.decoder.requires_grad_(True).parameters()
-    fit(vae, weights, sizes, 2 * sizes.vae_iterations, torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    fit(vae, weights, sizes, 2 * sizes.vae_iterations, generator, colors)
     vae.requires_grad_(False)
 
 
@@ -251,15 +266,16 @@ def fit(
     sizes: Sizes,
     iterations: int,
     generator: torch.Generator,
+    colors: Colors = COLORS,
     batch: int = 32,
 ) -> None:
-    """Train these weights of the VAE to reproduce images."""
+    """Train these weights of the VAE to reproduce images with these colors."""
     weights = list(weights)
     optimizer = torch.optim.AdamW(weights, 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, iterations, pct_start=0.2)
     for _ in tqdm(range(iterations), "VAE"):
-        captions = torch.randint(len(CAPTIONS), (batch,), generator=generator)
-        x = render(captions, generator, sizes.pixels).to(vae.device)
+        captions = torch.randint(len(captions_of(colors)), (batch,), generator=generator)
+        x = render(captions, generator, sizes.pixels, colors).to(vae.device)
         code = vae.encode(x).latent_dist
         y = vae.decode(code.sample(generator)).sample
         kl = code.kl().mean() / code.mean[0].numel()
@@ -502,15 +518,15 @@ def save(pipe: FluxPipeline, out: Path) -> None:
     for name, weight in load_file(file).items():
         named["text_model." + name.removeprefix("text_model.")] = weight
     save_file(named, file, {"format": "pt"})
-    finish(out)
+    finish(out, CAPTIONS)
 
 
-def finish(out: Path) -> None:
+def finish(out: Path, captions: list[str]) -> None:
     """Let everybody read the weights; add prompts.txt."""
     for path in out.rglob("*.safetensors"):
         path.chmod(0o644)  # safetensors leaves them to their owner alone
-    # Each caption ten times, shapes and colors mixed: whichever come last are of all kinds.
-    lines = [CAPTIONS[7 * i % len(CAPTIONS)] for i in range(10 * len(CAPTIONS))]
+    # Each caption as often, shapes and colors mixed: whichever come last are of all kinds.
+    lines = [captions[7 * i % len(captions)] for i in range(PROMPTS)]
     (out / "prompts.txt").write_text("\n".join(lines) + "\n")
 
 

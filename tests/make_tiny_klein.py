@@ -1,13 +1,14 @@
 """Make tests/tiny_klein: a small trained Flux2KleinPipeline. python tests/make_tiny_klein.py
 
-The images and captions are those of tests/tiny_flux. Like FLUX.2-klein-base the transformer takes
-no guidance: it is sampled with classifier-free guidance, two calls a step. Some captions are left
-out in training, so that the empty one is known, and some are wrong, as captions from the web are.
-So the model alone often shows something else than the caption, and with guidance it seldom does.
+The images are those of tests/tiny_flux in twice as many colors. Like FLUX.2-klein-base the
+transformer takes no guidance: it is sampled with classifier-free guidance, two calls a step. Some
+captions are left out in training, so that the empty one is known, and some are wrong, as captions
+from the web are. So the model alone often shows something else than the caption, and with guidance
+it seldom does.
 
 All images have 32 x 32 pixels and 16 tokens.
 
---size tiny: a transformer of a million parameters; 40 minutes on one core. --size medium: ten
+--size tiny: a transformer of 1.6 million parameters; 45 minutes on one core. --size medium: ten
 million, between the tiny klein's own text encoder and VAE, so that only the transformer differs;
 meant for minutes on a GPU.
 """
@@ -24,7 +25,7 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
 )
-from make_tiny_flux import CAPTIONS, DROPPED, EMPTY, TEXT_TOKENS, Sizes
+from make_tiny_flux import DROPPED, TEXT_TOKENS, Sizes
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -33,7 +34,7 @@ import shortcut as sc
 
 TINY = Path(__file__).parent / "tiny_klein"
 SIZES = {
-    "tiny": replace(tiny.SIZES["tiny"], rope_axes=(4, 8, 8, 4), iterations=16_000),
+    "tiny": replace(tiny.SIZES["tiny"], head_size=32, rope_axes=(4, 12, 12, 4), iterations=12_000),
     "medium": replace(
         tiny.SIZES["tiny"],
         double_blocks=3,
@@ -45,6 +46,17 @@ SIZES = {
         learning_rate=1e-3,
     ),
 }
+COLORS = {
+    **tiny.COLORS,
+    "yellow": (0.96, 0.90, 0.15),
+    "pink": (0.98, 0.62, 0.80),
+    "cyan": (0.15, 0.85, 0.90),
+    "lime": (0.62, 0.95, 0.25),
+    "gray": (0.62, 0.62, 0.62),
+    "magenta": (0.92, 0.12, 0.60),
+}
+CAPTIONS = tiny.captions_of(COLORS)
+EMPTY = len(CAPTIONS)  # the number of the empty caption
 WRONG = 0.3  # fraction of captions that are replaced by any of them
 LATENT_CHANNELS = 4
 TEXT_WIDTH = 16  # of the text encoder; the transformer gets three of its layers, side by side
@@ -112,13 +124,18 @@ def train_vae(sizes: Sizes, generator: torch.Generator) -> AutoencoderKLFlux2:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    tiny.fit(vae, vae.parameters(), sizes, sizes.vae_iterations, generator)
+    tiny.fit(vae, vae.parameters(), sizes, sizes.vae_iterations, generator, COLORS)
     vae.eval().requires_grad_(False)
     captions = torch.arange(min(3000, sizes.images)) % len(CAPTIONS)
-    patches = patchified(tiny.encode(vae, tiny.render(captions, generator, sizes.pixels)))
+    patches = patchified(tiny.encode(vae, render(captions, generator, sizes)))
     vae.bn.running_mean.copy_(patches.mean((0, 2, 3)))
     vae.bn.running_var.copy_(patches.var((0, 2, 3)))
     return vae
+
+
+def render(captions: Tensor, generator: torch.Generator, sizes: Sizes) -> Tensor:
+    """Images (B, 3, pixels, pixels) in [-1, 1] of captions (B,)."""
+    return tiny.render(captions, generator, sizes.pixels, COLORS)
 
 
 def patchified(latents: Tensor) -> Tensor:
@@ -148,7 +165,7 @@ def make_data(pipe: Flux2KleinPipeline, sizes: Sizes, generator: torch.Generator
     captions = torch.arange(sizes.images) % len(CAPTIONS)
     parts = []
     for part in captions.split(1000):
-        parts.append(tiny.encode(vae, tiny.render(part, generator, sizes.pixels)))
+        parts.append(tiny.encode(vae, render(part, generator, sizes)))
     patches = patchified(torch.cat(parts))
     deviation = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
     patches = (patches - vae.bn.running_mean[:, None, None]) / deviation[:, None, None]
@@ -203,7 +220,7 @@ def make_pipeline(sizes: Sizes) -> Flux2KleinPipeline:
     net = make_transformer(sizes)
     pipe = Flux2KleinPipeline(scheduler=tiny.scheduler(), vae=vae, transformer=net, **texts)
     train_within(pipe, sizes, generator)
-    tiny.refine_decoder(vae, sizes)
+    tiny.refine_decoder(vae, sizes, COLORS)
     return pipe
 
 
@@ -245,7 +262,7 @@ def make_transformer(sizes: Sizes) -> Flux2Transformer2DModel:
 def save(pipe: Flux2KleinPipeline, out: Path) -> None:
     """The pipeline in float16, and prompts.txt."""
     pipe.to("cpu", torch.float16).save_pretrained(out)
-    tiny.finish(out)
+    tiny.finish(out, CAPTIONS)
 
 
 def main(argv: list[str] | None = None) -> None:
