@@ -228,7 +228,7 @@ def diversity(latents: Tensor, captions: Tensor) -> float:
 class Judge(nn.Module):
     """Names the caption of images (B, 3, 32, 32); the means of its last maps are the features."""
 
-    def __init__(self):
+    def __init__(self, captions: int):
         super().__init__()
         layers = []
         widths = (3, 32, 64, 64, 64)
@@ -236,7 +236,7 @@ class Judge(nn.Module):
             stride = 2 if i % 2 == 0 else 1
             layers += [nn.Conv2d(a, b, 3, stride, 1), nn.BatchNorm2d(b), nn.ReLU()]
         self.maps = nn.Sequential(*layers)
-        self.name = nn.Linear(widths[-1], len(tiny.CAPTIONS))
+        self.name = nn.Linear(widths[-1], captions)
 
     def features(self, images: Tensor) -> Tensor:
         return self.maps(images).mean((2, 3))
@@ -246,17 +246,24 @@ class Judge(nn.Module):
 
 
 @cache
+def train_judge(iterations: int) -> Judge:
+    """The judge of the tiny Flux; each process trains it once."""
+    return new_judge(iterations)
+
+
 @torch.enable_grad()
-def train_judge(iterations: int, batch: int = 64) -> Judge:
-    """The judge; each process trains it once."""
+def new_judge(iterations: int, colors: tiny.Colors = tiny.COLORS, batch: int = 64) -> Judge:
+    """A judge of images in these colors."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    judge = Judge()
+    count = len(tiny.captions_of(colors))
+    judge = Judge(count)
     optimizer = torch.optim.AdamW(judge.parameters(), 5e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, iterations)
     for _ in range(iterations):
-        captions = torch.randint(len(tiny.CAPTIONS), (batch,), generator=generator)
-        loss = nn.functional.cross_entropy(judge(tiny.render(captions, generator)), captions)
+        captions = torch.randint(count, (batch,), generator=generator)
+        images = tiny.render(captions, generator, colors=colors)
+        loss = nn.functional.cross_entropy(judge(images), captions)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
