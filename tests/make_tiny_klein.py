@@ -6,11 +6,8 @@ captions are left out in training, so that the empty one is known, and some are 
 from the web are. So the model alone often shows something else than the caption, and with guidance
 it seldom does.
 
-All images have 32 x 32 pixels and 16 tokens.
-
---size tiny: a transformer of 1.6 million parameters; 45 minutes on one core. --size medium: ten
-million, between the tiny klein's own text encoder and VAE, so that only the transformer differs;
-meant for minutes on a GPU.
+The images have 32 x 32 pixels and 16 tokens, the transformer 1.6 million parameters. 40 minutes on
+two cores.
 """
 
 import argparse
@@ -33,19 +30,7 @@ from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 import shortcut as sc
 
 TINY = Path(__file__).parent / "tiny_klein"
-SIZES = {
-    "tiny": replace(tiny.SIZES["tiny"], head_size=32, rope_axes=(4, 12, 12, 4), iterations=12_000),
-    "medium": replace(
-        tiny.SIZES["tiny"],
-        double_blocks=3,
-        single_blocks=6,
-        head_size=64,
-        rope_axes=(8, 24, 24, 8),
-        batch=384,
-        iterations=3_000,
-        learning_rate=1e-3,
-    ),
-}
+SIZES = replace(tiny.SIZES["tiny"], head_size=32, rope_axes=(4, 12, 12, 4), iterations=12_000)
 COLORS = {
     **tiny.COLORS,
     "yellow": (0.96, 0.90, 0.15),
@@ -148,7 +133,7 @@ def patchified(latents: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Data:
-    """What the transformer learns from; all on its device."""
+    """What the transformer learns from."""
 
     tokens: Tensor  # (images, tokens, channels): normalised patches of latents
     captions: Tensor  # (images,): the number of each image's caption
@@ -171,21 +156,17 @@ def make_data(pipe: Flux2KleinPipeline, sizes: Sizes, generator: torch.Generator
     patches = (patches - vae.bn.running_mean[:, None, None]) / deviation[:, None, None]
     return Data(
         tokens=patches.flatten(2).mT.contiguous(),
-        captions=captions.to(vae.device),
+        captions=captions,
         texts=texts,
-        image_ids=pipe._prepare_latent_ids(patches[:1]).to(vae.device),
-        text_ids=text_ids[:1].to(vae.device),
+        image_ids=pipe._prepare_latent_ids(patches[:1]),
+        text_ids=text_ids[:1],
     )
 
 
 def train_klein(
     net: Flux2Transformer2DModel, data: Data, sizes: Sizes, generator: torch.Generator
 ) -> None:
-    """Flow matching at a time shift of 2, with some captions wrong and some left out.
-
-    On a GPU the network computes in bfloat16, with weights in float32.
-    """
-    device = data.tokens.device
+    """Flow matching at a time shift of 2, with some captions wrong and some left out."""
 
     def loss() -> Tensor:
         batch = tiny.draw(data, sizes, generator)
@@ -193,16 +174,14 @@ def train_klein(
         wrong = torch.rand(count, generator=generator) < WRONG
         any_caption = torch.randint(len(CAPTIONS), (count,), generator=generator)
         dropped = torch.rand(count, generator=generator) < DROPPED
-        captions = torch.where(wrong.to(device), any_caption.to(device), batch.captions)
-        captions = captions.masked_fill(dropped.to(device), EMPTY)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            v = net(
-                hidden_states=sc.interpolate(batch.x_0, batch.noise, batch.t),
-                timestep=batch.t,
-                encoder_hidden_states=data.texts[captions],
-                img_ids=data.image_ids,
-                txt_ids=data.text_ids,
-            ).sample.float()
+        captions = torch.where(wrong, any_caption, batch.captions).masked_fill(dropped, EMPTY)
+        v = net(
+            hidden_states=sc.interpolate(batch.x_0, batch.noise, batch.t),
+            timestep=batch.t,
+            encoder_hidden_states=data.texts[captions],
+            img_ids=data.image_ids,
+            txt_ids=data.text_ids,
+        ).sample
         return (v - (batch.noise - batch.x_0)).square().mean()
 
     tiny.minimize(loss, net, sizes.iterations, sizes.learning_rate, "flow matching")
@@ -219,29 +198,11 @@ def make_pipeline(sizes: Sizes) -> Flux2KleinPipeline:
     vae = train_vae(sizes, generator)
     net = make_transformer(sizes)
     pipe = Flux2KleinPipeline(scheduler=tiny.scheduler(), vae=vae, transformer=net, **texts)
-    train_within(pipe, sizes, generator)
-    tiny.refine_decoder(vae, sizes, COLORS)
-    return pipe
-
-
-def make_from_tiny(sizes: Sizes) -> Flux2KleinPipeline:
-    """Train a transformer; the other parts are those of the tiny klein."""
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients are wrong, see make_tiny_flux.py
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
-    net = make_transformer(sizes)
-    pipe = Flux2KleinPipeline.from_pretrained(TINY, transformer=net, dtype=torch.float32)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    train_within(pipe, sizes, generator)
-    return pipe
-
-
-def train_within(pipe: Flux2KleinPipeline, sizes: Sizes, generator: torch.Generator) -> None:
-    """Train the transformer of a pipeline."""
-    net, vae = pipe.transformer, pipe.vae
     sizes_of = f"{tiny.millions(net):.2f} M parameters in the transformer"
     print(f"{sizes_of}, {tiny.millions(vae):.2f} M in the VAE", flush=True)
     train_klein(net, make_data(pipe, sizes, generator), sizes, generator)
+    tiny.refine_decoder(vae, sizes, COLORS)
+    return pipe
 
 
 def make_transformer(sizes: Sizes) -> Flux2Transformer2DModel:
@@ -261,26 +222,19 @@ def make_transformer(sizes: Sizes) -> Flux2Transformer2DModel:
 
 def save(pipe: Flux2KleinPipeline, out: Path) -> None:
     """The pipeline in float16, and prompts.txt."""
-    pipe.to("cpu", torch.float16).save_pretrained(out)
+    pipe.to(torch.float16).save_pretrained(out)
     tiny.finish(out, CAPTIONS)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="see above")
-    parser.add_argument("--out", type=Path, help="folder (tests/tiny_klein for the size tiny)")
+    parser.add_argument("--out", type=Path, default=TINY, help="folder (tests/tiny_klein)")
     for name in ("vae_iterations", "images", "batch", "iterations"):
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, type=int, default=argparse.SUPPRESS, help="see make_tiny_flux.py")
     given = vars(parser.parse_args(argv))
-    size = given.pop("size")
     out = given.pop("out")
-    if out is None:
-        if size != "tiny":
-            parser.error(f"--size {size} needs --out")
-        out = TINY
-    make = make_pipeline if size == "tiny" else make_from_tiny
-    save(make(replace(SIZES[size], **given)), out)
+    save(make_pipeline(replace(SIZES, **given)), out)
 
 
 if __name__ == "__main__":

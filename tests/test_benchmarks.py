@@ -58,7 +58,6 @@ SLOW_RUNS = [  # more than 10 s
     ("fusion", f"--parts flux --length 0.002 {ONE}", "tiny Flux"),
     ("flux", f"--parts 'all pairs' 'ten pairs' --length 0.01 {ONE}", "lam: all pairs"),
     ("klein", f"--length 0.01 {ONE}", "the guided teacher's in 8"),
-    ("klein", f"--parts oracle --length 0.01 {ONE}", "held out, too"),
     ("quality", f"--length 0.01 --figure figure.png {ONE}", "UniPC"),
     ("speed", f"--parts small --length 0.5 {ONE}", "the latents of one image"),
     ("fewshot", f"--first 1 --length 0.01 {ONE}", "ratio, strangers"),
@@ -99,14 +98,6 @@ def test_a_benchmark_prints_its_tables(name, flags, words, tmp_path):
 @pytest.mark.parametrize("name, flags, words", SLOW_RUNS)
 def test_a_longer_benchmark_prints_its_tables(name, flags, words, tmp_path):
     check(name, flags, words, tmp_path)
-
-
-@pytest.mark.slow
-def test_the_students_of_a_medium_klein_have_tables_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setenv("MEDIUM_KLEIN", str(FOLDER.parent / "tiny_klein"))
-    told = run("klein", f"--parts medium --length 0.01 {ONE}", tmp_path)
-    assert told.startswith("The medium klein")
-    assert "captions shown in 3 steps" in told
 
 
 def test_every_benchmark_runs():

@@ -203,7 +203,7 @@ def test_default_shifts_are_those_of_the_stock_sampler_at_32_to_50_steps(pixels)
 
 
 def test_stock_diffusers_loads_what_the_script_saves(tmp_path):
-    few = "--vae-iterations 1 --iterations 1 --images 30 --batch 2"
+    few = "--vae-iterations 1 --iterations 1 --images 60 --batch 2"
     make_tiny_klein.main(["--out", str(tmp_path), *few.split()])
     pipe = Flux2KleinPipeline.from_pretrained(tmp_path, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -223,7 +223,7 @@ def test_a_third_of_its_captions_was_wrong_in_training_and_a_tenth_empty():
         image_ids=torch.zeros(0),
         text_ids=torch.zeros(0),
     )
-    sizes = fd.replace(make_tiny_klein.SIZES["tiny"], batch=3000, iterations=1)
+    sizes = fd.replace(make_tiny_klein.SIZES, batch=3000, iterations=1)
     fed = []
 
     class Net(torch.nn.Linear):
@@ -237,33 +237,7 @@ def test_a_third_of_its_captions_was_wrong_in_training_and_a_tenth_empty():
     empty = texts == make_tiny_klein.EMPTY
     wrong = (texts != drawn) & ~empty
     assert empty.float().mean().item() == pytest.approx(0.1, abs=0.02)
-    assert wrong.sum().item() / 3000 == pytest.approx(0.9 * 0.3 * 29 / 30, abs=0.03)
-
-
-def test_the_medium_klein_has_ten_times_the_parameters_between_the_tiny_ones_other_parts(tmp_path):
-    sizes = make_tiny_klein.SIZES["medium"]
-    assert sum(sizes.rope_axes) == sizes.head_size
-    few = "--iterations 1 --images 30 --batch 2"
-    make_tiny_klein.main(["--size", "medium", "--out", str(tmp_path), *few.split()])
-    ours, tiny = (
-        Flux2KleinPipeline.from_pretrained(folder, dtype=torch.float32)
-        for folder in (tmp_path, KLEIN)
-    )
-    millions = make_tiny_klein.tiny.millions
-    assert 10 < millions(ours.transformer) / millions(tiny.transformer) < 15
-    for part in ("vae", "text_encoder"):
-        expected = getattr(tiny, part).state_dict()
-        torch.testing.assert_close(getattr(ours, part).state_dict(), expected, rtol=0, atol=0)
-    prompt = dict(prompt="a red ring", height=32, width=32, num_inference_steps=1)
-    ours.set_progress_bar_config(disable=True)
-    (image,) = ours(**prompt, max_sequence_length=8, output_type="np").images
-    assert image.shape == (32, 32, 3)
-
-
-def test_a_klein_of_another_size_needs_a_folder(capsys):
-    with pytest.raises(SystemExit):
-        make_tiny_klein.main(["--size", "medium"])
-    assert "--size medium needs --out" in capsys.readouterr().err
+    assert wrong.sum().item() / 3000 == pytest.approx(0.9 * 0.3 * 59 / 60, abs=0.03)
 
 
 # ----------------------------------------------------------------------------------------- velocity

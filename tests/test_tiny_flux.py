@@ -10,6 +10,7 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 import make_tiny_flux as tiny
+import make_tiny_klein
 from diffusers import FluxPipeline
 from torch.testing import assert_close
 
@@ -20,10 +21,13 @@ FEWEST = "--vae-iterations 1 --iterations 1 --guidance-iterations 1 --images 30 
 # ------------------------------------------------------------------------------------------- images
 
 
-def test_images_show_what_the_caption_says():
-    for name, color in tiny.COLORS.items():
-        captions = torch.tensor([i for i, c in enumerate(tiny.CAPTIONS) if f" {name} " in c] * 20)
-        images = (tiny.render(captions, torch.Generator().manual_seed(0)) + 1) / 2
+@pytest.mark.parametrize("colors", [tiny.COLORS, make_tiny_klein.COLORS])
+def test_images_show_what_the_caption_says(colors):
+    every = tiny.captions_of(colors)
+    for name, color in colors.items():
+        captions = torch.tensor([i for i, c in enumerate(every) if f" {name} " in c] * 20)
+        generator = torch.Generator().manual_seed(0)
+        images = (tiny.render(captions, generator, colors=colors) + 1) / 2
         near = (images - torch.tensor(color)[:, None, None]).abs().amax(1) < 0.02
         assert (near.flatten(1).sum(1) >= 8).all()  # every image has pixels of that color
         assert near.float().mean() < 0.4  # on a background of another
