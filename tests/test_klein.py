@@ -412,13 +412,15 @@ def test_a_student_that_has_not_learned_is_inert_and_has_not_diverged(setup, ste
     assert not fd.has_matched(fd.replace(settings, paper=True), [row])
 
 
-def test_a_scale_is_kept_that_is_better_than_none(finished):
-    """Also where it ends farther from the teacher than that itself does."""
-    adapter = fd.read_metadata(finished.out / fd.LORA)
-    results = json.loads((finished.out / "results.json").read_text())
+def test_a_scale_is_kept_that_is_better_than_none(tmp_path):
+    """Also where the teacher in as many steps ends nearer to its many: 6 of 8."""
+    out = tmp_path / "out"
+    run(out, *FLAGS, "--steps", 2, 3, 6)
+    adapter = fd.read_metadata(out / fd.LORA)
+    results = json.loads((out / "results.json").read_text())
     cells = {(row["sampler"], row["steps"]): row["rmse"] for row in results["table"]}
     assert adapter["uncalibrated"] == []
-    assert cells["student, scaled", 3] > cells["teacher", 3]
+    assert cells["student, scaled", 6] > cells["teacher", 6]
 
 
 def test_the_device_check_has_as_few_tokens_as_that_of_flux(tmp_path):
@@ -887,4 +889,5 @@ def test_the_tiny_klein_is_distilled_with_its_guidance():
     assert distance["student"][3] < 0.6 * distance["teacher"][3]
     assert shown["teacher, 32 steps"] > 0.95
     assert shown["teacher without guidance"] < 0.6
-    assert shown["student, 3 steps"] > 0.85
+    assert shown["student, 3 steps"] > 0.9
+    assert shown["teacher, 3 steps"] < 0.85
