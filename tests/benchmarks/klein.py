@@ -1,4 +1,4 @@
-"""What must hold on the tiny klein: python tests/benchmarks/klein.py (50 minutes on 2 cores)
+"""What must hold on the tiny klein: python tests/benchmarks/klein.py (40 minutes on 2 cores)
 
 tests/tiny_klein is a real Flux2KleinPipeline. Its teacher needs classifier-free guidance, two
 network calls a step; its student has one guidance built in, and takes one call. flux_distill.py
