@@ -291,7 +291,8 @@ def test_calibration_is_near_the_closed_form_and_better_than_scale_1(pair):
         best, closed, plain = (
             toy_2d.energy_distance(toy_2d.sample(net, noise, n, 2.0), fine) for net in nets
         )
-        assert best < closed and best < plain
+        assert best < plain
+        assert best < closed + 1e-6  # lam* is one of its candidates, and can be the best
         scales.append(scale)
     assert scales[0] > scales[1] > 0
     assert toy_2d.calibrate(teacher, teacher, noise, 3) <= 16  # untrained: lam* is inf, capped
