@@ -271,10 +271,11 @@ def fit(
 ) -> None:
     """Train these weights of the VAE to reproduce images with these colors."""
     weights = list(weights)
+    count = len(captions_of(colors))
     optimizer = torch.optim.AdamW(weights, 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, iterations, pct_start=0.2)
     for _ in tqdm(range(iterations), "VAE"):
-        captions = torch.randint(len(captions_of(colors)), (batch,), generator=generator)
+        captions = torch.randint(count, (batch,), generator=generator)
         x = render(captions, generator, sizes.pixels, colors).to(vae.device)
         code = vae.encode(x).latent_dist
         y = vae.decode(code.sample(generator)).sample
@@ -525,7 +526,7 @@ def finish(out: Path, captions: list[str]) -> None:
     """Let everybody read the weights; add prompts.txt."""
     for path in out.rglob("*.safetensors"):
         path.chmod(0o644)  # safetensors leaves them to their owner alone
-    # Each caption as often, shapes and colors mixed: whichever come last are of all kinds.
+    # Each caption equally often, shapes and colors mixed: whichever come last are of all kinds.
     lines = [captions[7 * i % len(captions)] for i in range(PROMPTS)]
     (out / "prompts.txt").write_text("\n".join(lines) + "\n")
 

@@ -413,7 +413,7 @@ def test_a_student_that_has_not_learned_is_inert_and_has_not_diverged(setup, ste
 
 
 def test_a_scale_is_kept_that_is_better_than_none(tmp_path):
-    """Also where the teacher in as many steps ends nearer to its many: 6 of 8."""
+    """Even in 6 steps, where the teacher ends nearer to its own 8 than the student does."""
     out = tmp_path / "out"
     run(out, *FLAGS, "--steps", 2, 3, 6)
     adapter = fd.read_metadata(out / fd.LORA)
@@ -890,4 +890,4 @@ def test_the_tiny_klein_is_distilled_with_its_guidance():
     assert shown["teacher, 32 steps"] > 0.95
     assert shown["teacher without guidance"] < 0.6
     assert shown["student, 3 steps"] > 0.9
-    assert shown["teacher, 3 steps"] < 0.85
+    assert shown["student, 3 steps"] > shown["teacher, 3 steps"] + 0.1
