@@ -117,17 +117,19 @@ class TinyFlux:
         iterations: int,
         snapshots: Sequence[int] = (),
         ema_warmup: bool = True,
+        which: str = "student",
     ) -> dict[int, Tensor]:
         """The student's weights (P,) after each of the snapshots and the last iteration.
 
-        By flux_distill.py's own loop, for any config; ema_warmup False: with constant EMAs.
+        By flux_distill.py's own loop, for any config; ema_warmup False: with constant EMAs. which:
+        "student", or the name of one of its EMAs.
         """
         settings = replace(self.settings, iterations=iterations, accumulate=1, warmup=0)
         state = fd.TrainState(self.lora.loaded_weights(), config, ema_warmup)
         kept = {}
         for iteration in fd.train(settings, self.cache, self.pool, self.lora, state):
             if iteration in (*snapshots, iterations):
-                kept[iteration] = state.student.detach().clone()
+                kept[iteration] = state.weights[which].detach().clone()
         return kept
 
     def saved_weights(self) -> Tensor:

@@ -17,6 +17,10 @@ first one had missed the bound of captions by more. The bounds are the same.
 
 "blocks" has a LoRA on the layers inside the blocks alone, without the modulation by which blocks
 know the time.
+
+"curve" follows one training: on the teacher's path from noise to a held-out caption, how far are
+the student's three velocities from the teacher's mean velocities, and how many captions does it
+show? It is the slow EMA here, at the scale with the least distance on the validation captions.
 """
 
 import tempfile
@@ -27,10 +31,12 @@ from pathlib import Path
 import common
 import common_flux
 import make_tiny_klein as tiny
+import numpy as np
 import torch
 from common_flux import TinyFlux
 from torch import Tensor
 
+import flux_distill as fd
 import shortcut as sc
 
 KLEIN = common.ROOT / "tests" / "tiny_klein"
@@ -43,6 +49,8 @@ PARTS = {  # settings of students, and in words
 }
 STEPS = (2, 3, 4, 6, 8)
 NOISES = 32  # images of a held-out caption that the judge sees
+CURVE = (200, 400, 800, 1600, 3200)  # iterations
+SCALES = (0.9, 1.0, 1.1, 1.2, 1.3, 1.4)
 
 
 def measure(
@@ -65,6 +73,53 @@ def measure(
             judge = Judge(world, max(1, noises * len(held_out) // len(texts)), length, texts)
             found[name] = shown(world, results, judge)
         return found
+
+
+def measure_curve(seed: int, length: float) -> dict:
+    """Errors of each step, and captions shown, during a training."""
+    counts = [common.shortened(count, length) for count in CURVE]
+    with tempfile.TemporaryDirectory() as folder:
+        flags = (*FLAGS, "--iterations", CURVE[-1])
+        settings = common_flux.demonstration(Path(folder), seed, *flags, length=length)
+        world = TinyFlux(settings)
+        judge = Judge(world, NOISES if length == 1 else 2, length, world.data.comparison)
+        N = settings.student_steps
+        teacher = world.velocity(None)
+        times = sc.time_grid(N, settings.shift)
+        path = sc.teacher_path(teacher, judge.noise, times, **judge.cond)
+        sizes = path.mean.square().mean(tuple(range(1, path.mean.ndim))).sqrt()
+        found = {
+            "teacher": step_errors(teacher, path, judge),
+            "size": sizes.tolist(),
+            "teacher, shown": judge.seen(teacher, settings.teacher_steps),
+            "teacher in 8, shown": judge.seen(teacher, 8),
+            "curve": [],
+        }
+        config = fd.config_of(settings)
+        kept = world.distil(config, counts[-1], counts, which="slow")
+        for count in counts:
+            students = {scale: world.velocity(kept[count], scale) for scale in SCALES}
+            apart = {scale: world.distance(v, N, "validation") for scale, v in students.items()}
+            scale = min(SCALES, key=apart.get)
+            student = students[scale]
+            found["curve"].append(
+                {
+                    "scale": scale,
+                    "steps": step_errors(student, path, judge),
+                    "distance": world.distance(student, N),
+                    "shown": judge.seen(student, N),
+                }
+            )
+        return found
+
+
+@torch.no_grad()
+def step_errors(velocity: sc.Velocity, path: sc.TeacherPath, judge: "Judge") -> list[float]:
+    """RMS error of a velocity as the teacher's mean velocity over each step of its path."""
+    errors = []
+    for t, x, mean in zip(path.times[:-1], path.x, path.mean, strict=True):
+        errors.append(fd.rms(velocity(x, t.expand(len(x)), **judge.cond) - mean))
+    return errors
 
 
 @cache
@@ -123,10 +178,11 @@ def images_of(world: TinyFlux, latents: Tensor) -> Tensor:
 
 
 def tasks(flows, seeds) -> dict[str, list[common.Task]]:
-    return {
+    students = {
         part: [common.Task(measure, {"seed": seed} | settings) for seed in seeds]
         for part, (settings, _) in PARTS.items()
     }
+    return students | {"curve": [common.Task(measure_curve, {"seed": seed}) for seed in seeds]}
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -138,7 +194,8 @@ def tables(rows: list[common.Row]) -> list[str]:
         some = common.where(rows, part)
         if some:
             lines += [f"{name}:", "", *tables_of(some)]
-    return lines
+    curves = common.where(rows, "curve")
+    return lines + (curve_table(curves) if curves else [])
 
 
 def tables_of(rows: list[common.Row]) -> list[str]:
@@ -158,6 +215,32 @@ def tables_of(rows: list[common.Row]) -> list[str]:
         cells.append([name, *map(common.mean_text, fractions)])
     lines += common.table(["sampler", "captions shown", "trained captions shown"], cells)
     return lines + claims(rows)
+
+
+def curve_table(rows: list[common.Row]) -> list[str]:
+    """Errors of each step in percent of the mean velocity, and captions shown, by iterations."""
+    sizes = np.array([row.found["size"] for row in rows])
+
+    def percent(errors) -> list[str]:
+        """Of each step's errors, (seeds, steps)."""
+        fractions = np.array(errors) / sizes
+        return [common.mean_text(column, digits=1, factor=100) for column in fractions.T]
+
+    teacher = [row.found["teacher"] for row in rows]
+    shown = [common.mean_text(common.column(rows, f"teacher{n}, shown")) for n in ("", " in 8")]
+    cells = [["teacher", *percent(teacher), "", "", ""]]
+    for i, count in enumerate(CURVE):
+        points = [row.found["curve"][i] for row in rows]
+        columns = {name: [point[name] for point in points] for name in points[0]}
+        numbers = [common.mean_text(columns["scale"], digits=2)]
+        numbers += [common.mean_text(columns[name]) for name in ("distance", "shown")]
+        cells.append([f"student, {count:,} iterations", *percent(columns["steps"]), *numbers])
+    head = ["error in %", "step 1", "step 2", "step 3", "scale", "distance", "captions shown"]
+    return [
+        f"During a training, {len(rows)} seeds; the teacher shows {shown[0]} of the captions in 32"
+        f" steps, {shown[1]} in 8:",
+        *common.table(head, cells),
+    ]
 
 
 def claims(rows: list[common.Row]) -> list[str]:
