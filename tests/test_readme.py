@@ -69,7 +69,6 @@ OTHERS = {
     "33.10": "CLIP score",
     "7.06": "FID of FLUX.1-schnell",
     "33.06": "CLIP score of FLUX.1-schnell",
-    "0.9": "of the public replication",
     "0.4": "settings, and what follows from them:",
     "0.25": "look-ahead of the paper's windows, of which",
     "1.5": "is (1 - 0.4) / 0.4, and",
