@@ -1,4 +1,4 @@
-"""What must hold on the tiny klein: python tests/benchmarks/klein.py (40 minutes on 2 cores)
+"""What must hold on the tiny klein: python tests/benchmarks/klein.py (100 minutes on 2 cores)
 
 tests/tiny_klein is a real Flux2KleinPipeline. Its teacher needs classifier-free guidance, two
 network calls a step; its student has one guidance built in, and takes one call. flux_distill.py
@@ -19,8 +19,9 @@ first one had missed the bound of captions by more. The bounds are the same.
 know the time.
 
 "curve" follows one training: on the teacher's path from noise to a held-out caption, how far are
-the student's three velocities from the teacher's mean velocities, and how many captions does it
-show? It is the slow EMA here, at the scale with the least distance on the validation captions.
+the student's three velocities from the teacher's mean velocities, relative to these, and how many
+captions does it show? It is the slow EMA here, at the scale with the least distance on the
+validation captions.
 At a time shift of 3 the first steps are shorter than at 1, the shift of the other parts, and the
 last one is longer.
 """
