@@ -21,9 +21,8 @@ know the time.
 "curve" follows one training: on the teacher's path from noise to a held-out caption, how far are
 the student's three velocities from the teacher's mean velocities, relative to these, and how many
 captions does it show? It is the slow EMA here, at the scale with the least distance on the
-validation captions.
-At a time shift of 3 the first steps are shorter than at 1, the shift of the other parts, and the
-last one is longer.
+validation captions. At a time shift of 3 the first steps are shorter than at 1, the shift of the
+other parts, and the last one is longer.
 """
 
 import tempfile
