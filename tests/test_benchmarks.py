@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ import baselines
 import common
 import common_flux
 import iterations
+import klein
 import lookahead
 import quality
 import report
@@ -57,7 +59,8 @@ SLOW_RUNS = [  # more than 10 s
     ("lookahead", f"--parts flux --first 1 --length 0.005 {ONE}", "in time"),
     ("fusion", f"--parts flux --length 0.002 {ONE}", "tiny Flux"),
     ("flux", f"--parts 'all pairs' 'ten pairs' --length 0.01 {ONE}", "lam: all pairs"),
-    ("klein", f"--length 0.01 {ONE}", "the guided teacher's in 8"),
+    ("klein", f"--parts klein longer blocks --length 0.01 {ONE}", "the guided teacher's in 8"),
+    ("klein", f"--parts curve --length 0.002 {ONE}", "student, 1,600 iterations"),
     ("quality", f"--length 0.01 --figure figure.png {ONE}", "UniPC"),
     ("speed", f"--parts small --length 0.5 {ONE}", "the latents of one image"),
     ("fewshot", f"--first 1 --length 0.01 {ONE}", "ratio, strangers"),
@@ -192,6 +195,16 @@ def test_network_calls_are_those_that_a_training_makes():
             made[config, fuse] = 2 + sum(calls) / 1000
     for (config, fuse), number in made.items():
         assert abs(common.network_calls(config, fuse) - number) < 0.002
+
+
+def test_the_errors_of_a_velocity_are_measured_at_the_start_of_each_step():
+    """v = t on a path whose mean velocities are 0.5 and 0: off by 0.5 at t = 1, 0.4 at 0.4."""
+    x = torch.zeros(2, 3, 1)
+    mean = torch.tensor([0.5, 0.0])[:, None, None].expand(2, 3, 1)
+    path = sc.TeacherPath(torch.tensor([1.0, 0.4, 0.0]), x, x, mean)
+    judge = SimpleNamespace(cond={})
+    errors = klein.step_errors(lambda x, t: t[:, None].expand_as(x), path, judge)
+    assert errors == pytest.approx([0.5, 0.4])
 
 
 def test_mean_velocity_by_midpoint_steps_is_of_second_order_by_euler_steps_of_first():

@@ -120,7 +120,7 @@ def measure_curve(seed: int, shift: int, length: float) -> dict:
 
 @torch.no_grad()
 def step_errors(velocity: sc.Velocity, path: sc.TeacherPath, judge: "Judge") -> list[float]:
-    """RMS error of a velocity as the teacher's mean velocity over each step of its path."""
+    """RMS difference between a velocity and the teacher's mean velocity, in each step."""
     errors = []
     for t, x, mean in zip(path.times[:-1], path.x, path.mean, strict=True):
         errors.append(fd.rms(velocity(x, t.expand(len(x)), **judge.cond) - mean))
@@ -234,7 +234,8 @@ def curve_table(rows: list[common.Row]) -> list[str]:
         return [common.mean_text(column, digits=1, factor=100) for column in fractions.T]
 
     teacher = [row.found["teacher"] for row in rows]
-    shown = [common.mean_text(common.column(rows, f"teacher{n}, shown")) for n in ("", " in 8")]
+    shown = common.mean_text(common.column(rows, "teacher, shown"))
+    shown_in_8 = common.mean_text(common.column(rows, "teacher in 8, shown"))
     cells = [["teacher", *percent(teacher), "", "", ""]]
     for i, count in enumerate(CURVE):
         points = [row.found["curve"][i] for row in rows]
@@ -244,8 +245,8 @@ def curve_table(rows: list[common.Row]) -> list[str]:
         cells.append([f"student, {count:,} iterations", *percent(columns["steps"]), *numbers])
     head = ["error in %", "step 1", "step 2", "step 3", "scale", "distance", "captions shown"]
     return [
-        f"{len(rows)} seeds; of the captions the teacher shows {shown[0]} in 32 steps, {shown[1]}"
-        " in 8",
+        f"{len(rows)} seeds; of the captions the teacher shows {shown} in 32 steps, {shown_in_8} in"
+        " 8",
         *common.table(head, cells),
     ]
 
